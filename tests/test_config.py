@@ -1,0 +1,81 @@
+import dataclasses
+
+import pytest
+from trl import GRPOConfig, TrlParser
+
+from trl_epo import EPOConfig
+
+
+def config(tmp_path, **kwargs):
+    return EPOConfig(str(tmp_path), **kwargs)
+
+
+def test_defaults_are_the_papers(tmp_path):
+    args = config(tmp_path)
+    assert args.entropy_coef == 0.001
+    assert (args.entropy_smoothing, args.entropy_smoothing_coef) == ("hinge", 0.1)
+    assert (args.entropy_corridor_low, args.entropy_corridor_high) == (0.0, 2.0)
+    assert (args.entropy_smoothing_schedule, args.entropy_smoothing_decay) == ("exponential", 3.0)
+    assert args.entropy_aggregation == "turn"
+    assert (args.max_turns, args.invalid_action_penalty) == (30, 0.0)
+
+
+def test_works_without_an_accelerator():
+    import torch
+
+    assert EPOConfig().use_cpu == (not torch.accelerator.is_available())
+
+
+def test_every_new_field_is_documented():
+    inherited = {field.name: field for field in dataclasses.fields(GRPOConfig)}
+    for field in dataclasses.fields(EPOConfig):
+        if field.name not in inherited or field.default != inherited[field.name].default:
+            assert f"{field.name} (`" in EPOConfig.__doc__, field.name
+            assert field.metadata["help"], field.name
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "message"),
+    [
+        ({"entropy_smoothing": "square"}, "'square'.*one of 'hinge', 'indicator', 'none'"),
+        ({"entropy_smoothing_schedule": "linear"}, "'linear'.*'exponential', 'constant'"),
+        ({"entropy_aggregation": "episode"}, "'episode'.*'turn', 'token'"),
+        ({"entropy_coef": -0.1}, "entropy_coef.*-0.1.*at least 0"),
+        ({"entropy_coef": float("nan")}, "entropy_coef.*nan.*finite"),
+        ({"entropy_smoothing_coef": -1.0}, "entropy_smoothing_coef.*-1.0"),
+        ({"entropy_smoothing_decay": float("inf")}, "entropy_smoothing_decay.*inf.*finite"),
+        ({"entropy_corridor_low": -0.5}, "entropy_corridor_low.*-0.5"),
+        ({"entropy_corridor_low": 1.5, "entropy_corridor_high": 0.5}, "1.5.*above.*0.5.*low <= high"),
+        ({"use_adaptive_entropy": True}, "use_adaptive_entropy.*entropy_coef=0.0"),
+        ({"max_turns": 0}, "max_turns.*0.*at least 1"),
+        ({"max_turns": 2.5}, "max_turns.*2.5.*whole number"),
+        ({"max_turn_length": -3}, "max_turn_length.*-3"),
+        ({"max_completion_length": 0}, "max_completion_length.*0.*at least 1"),
+        ({"invalid_action_penalty": -0.1}, "invalid_action_penalty.*-0.1"),
+    ],
+)
+def test_bad_values_are_named_with_the_remedy(tmp_path, kwargs, message):
+    with pytest.raises(ValueError, match=message):
+        config(tmp_path, **kwargs)
+
+
+def test_large_smoothing_coef_is_allowed(tmp_path):
+    assert config(tmp_path, entropy_smoothing_coef=2.0).entropy_smoothing_coef == 2.0
+
+
+def test_trls_adaptive_entropy_without_epos_terms(tmp_path):
+    assert config(tmp_path, use_adaptive_entropy=True, entropy_coef=0.0).use_adaptive_entropy
+
+
+def test_command_line(tmp_path):
+    parser = TrlParser(EPOConfig)
+    flags = ["--output_dir", str(tmp_path), "--entropy_corridor_high", "1.5", "--max_turns", "12"]
+    (args,) = parser.parse_args_and_config(flags)
+    assert (args.entropy_corridor_high, args.max_turns) == (1.5, 12)
+
+
+def test_config_file(tmp_path):
+    path = tmp_path / "epo.yaml"
+    path.write_text(f"output_dir: {tmp_path}\nentropy_smoothing: indicator\nentropy_coef: 0.01\n")
+    (args,) = TrlParser(EPOConfig).parse_args_and_config(["--config", str(path)])
+    assert (args.entropy_smoothing, args.entropy_coef) == ("indicator", 0.01)

@@ -1,0 +1,260 @@
+"""Episodes: their turns, their ends, and what a fault costs. Environments are real; only the policy is scripted."""
+
+import gymnasium
+import pytest
+from conftest import Corridor
+from hypothesis import given
+from hypothesis import strategies as st
+
+from trl_epo.chat import ChatEncoder
+from trl_epo.envs import TextEnv
+from trl_epo.episode import StopReason, episode_row
+from trl_epo.generation import Sample
+from trl_epo.rollout import EnvironmentPool, EpisodeStart, Limits, add_observation, parse_action, play_episodes
+
+
+class ScriptedSampler:
+    """Says the same texts in each episode, one per turn; as many tokens as the limit lets through."""
+
+    def __init__(self, tokenizer, texts):
+        self.tokenizer, self.texts = tokenizer, texts
+        self.limits = []
+
+    def start(self, prompts):
+        self.turns = [0] * len(prompts)
+
+    def sample(self, episodes, new_ids, max_new_tokens):
+        samples = []
+        self.limits.append(list(max_new_tokens))
+        for episode, limit in zip(episodes, max_new_tokens, strict=True):
+            text = self.texts[self.turns[episode] % len(self.texts)]
+            self.turns[episode] += 1
+            ids = [*self.tokenizer.encode(text, add_special_tokens=False), self.tokenizer.eos_token_id][:limit]
+            samples.append(Sample(ids, [-0.5] * len(ids)))
+        return samples
+
+
+@pytest.fixture
+def play(tokenizer):
+    def play(factory, texts=("right",), num=1, parser=parse_action, prompt=(), options=None, **limits):
+        limits = {"max_turns": 10, "max_turn_length": 20, "max_episode_length": 500, **limits}
+        starts = [EpisodeStart(list(prompt), seed=5, options=options or {})] * num
+        sampler = ScriptedSampler(tokenizer, texts)
+        pool = EnvironmentPool(factory)
+        chat = ChatEncoder(tokenizer, [tokenizer.eos_token_id])
+        return play_episodes(starts, pool, chat, sampler, Limits(**limits), parser)
+
+    return play
+
+
+class TestParseAction:
+    @pytest.mark.parametrize(
+        ("text", "action"),
+        [
+            ("<action>open door</action>", "open door"),
+            ("<think>hm</think>\n<action> open\n</action> bye", "open"),
+            ("<action>first</action><action>second</action>", "second"),
+            ("  open door\n", "open door"),
+            ("<action>cut by the limit", "<action>cut by the limit"),
+            ("<action>  </action>", None),
+            ("", None),
+            (" \n", None),
+        ],
+    )
+    def test_examples(self, text, action):
+        assert parse_action(text) == action
+
+    @given(st.text())
+    def test_never_raises_and_never_returns_blank(self, text):
+        action = parse_action(text)
+        assert action is None or action.strip()
+
+
+class TestAddObservation:
+    def test_joins_the_last_user_message(self):
+        prompt = [{"role": "system", "content": "s"}, {"role": "user", "content": "u"}]
+        assert add_observation(prompt, "o") == [prompt[0], {"role": "user", "content": "u\n\no"}]
+        assert prompt[1]["content"] == "u"  # the dataset's row is left alone
+
+    def test_becomes_a_user_message(self):
+        system = {"role": "system", "content": "s"}
+        assert add_observation([system], "o") == [system, {"role": "user", "content": "o"}]
+        assert add_observation([], "o") == [{"role": "user", "content": "o"}]
+        assert add_observation([{"role": "user", "content": ""}], "o") == [{"role": "user", "content": "o"}]
+
+
+class TestEnds:
+    def test_terminated_with_success(self, play):
+        (episode,) = play(Corridor)
+        assert episode.stop_reason is StopReason.TERMINATED
+        assert episode.success is True
+        assert episode.episode_return == 1.0
+        assert episode.task == "door 3"
+
+    def test_truncated_by_the_environment(self, play):
+        (episode,) = play(lambda: Corridor(turns=4), texts=["left"])
+        assert episode.stop_reason is StopReason.TRUNCATED
+        assert len(episode.turns) == 4
+        assert episode.success is False
+
+    def test_max_turns(self, play):
+        (episode,) = play(Corridor, parser=lambda text: "x", max_turns=2)
+        assert (episode.stop_reason, len(episode.turns)) == (StopReason.MAX_TURNS, 2)
+
+    def test_token_budget_counts_observations_and_is_never_exceeded(self, play, tokenizer):
+        for budget in range(1, 80):
+            (episode,) = play(lambda: Corridor(turns=50), parser=lambda text: "x", max_episode_length=budget)
+            row = episode_row(episode, 0)
+            assert len(row.completion_ids) <= budget
+            assert episode.stop_reason in (StopReason.TOKEN_BUDGET, StopReason.MAX_TURNS)
+        assert len(episode.turns) > 3
+
+    def test_context_length_counts_the_prompt_too(self, play):
+        (episode,) = play(lambda: Corridor(turns=50), parser=lambda text: "x", context_length=70)
+        assert episode.stop_reason is StopReason.TOKEN_BUDGET
+        assert len(episode.prompt_ids) + len(episode_row(episode, 0).completion_ids) <= 70
+
+    def test_prompt_that_fills_the_context_fails_its_episode(self, play):
+        (episode,) = play(Corridor, context_length=5)
+        assert episode.failed
+        assert "no room for an action" in episode.failure
+
+    def test_turn_cut_by_its_limit_still_acts(self, play, tokenizer):
+        (episode,) = play(lambda: Corridor(length=99), texts=["right right right"], max_turn_length=1)
+        assert all(len(turn.action_ids) == 1 for turn in episode.turns)
+        assert episode.turns[0].action is not None
+        assert episode.turns[1].observation_ids[0] == tokenizer.eos_token_id  # the template ends the turn
+
+
+class TestRows:
+    def test_layout(self, play, tokenizer):
+        (episode,) = play(lambda: Corridor(length=99), texts=["right", "left", "right"], parser=lambda text: text)
+        row = episode_row(episode, 0)
+        assert len(row.completion_ids) == len(row.action_mask) == len(row.turn_ids) == len(row.logprobs)
+        for index, turn in enumerate(episode.turns):
+            positions = [i for i, turn_id in enumerate(row.turn_ids) if turn_id == index]
+            assert [row.completion_ids[i] for i in positions] == list(turn.action_ids)
+            assert all(row.action_mask[i] == 1 and row.logprobs[i] == -0.5 for i in positions)
+        observed = [i for i, turn_id in enumerate(row.turn_ids) if turn_id == -1]
+        assert all(row.action_mask[i] == 0 and row.logprobs[i] == 0.0 for i in observed)
+        text = tokenizer.decode([*episode.prompt_ids, *row.completion_ids])
+        first, answer = episode.prompt[-1]["content"], episode.turns[0].observation
+        assert text.startswith(
+            f"<|im_start|>user\n{first}<|im_end|>\n<|im_start|>assistant\nright<|im_end|>\n"
+            f"<|im_start|>user\n{answer}<|im_end|>\n<|im_start|>assistant\n"
+        )
+
+    def test_messages(self, play):
+        (episode,) = play(lambda: Corridor(length=99), texts=["right", "left", "right"], parser=lambda text: text)
+        roles = [message["role"] for message in episode.completion]
+        assert roles == ["assistant", "user"] * (len(episode.turns) - 1) + ["assistant"]
+
+
+class TestInvalidActions:
+    def test_none_is_counted_and_answered_by_the_environment(self, play):
+        (episode,) = play(lambda: Corridor(length=99), texts=["right", " "], max_turns=2)
+        start = int(episode.prompt[-1]["content"].split()[3][:-1])
+        assert [turn.invalid for turn in episode.turns] == [False, True]
+        assert episode.turns[1].action is None
+        assert episode.turns[1].observation == f"You are at {start}."  # one step right, one (the empty action) left
+        assert episode.num_invalid_actions == 1
+
+
+def test_group_starts_from_the_same_state(play):
+    episodes = play(lambda: Corridor(length=1000), num=6, parser=lambda text: "x", max_turns=1)
+    assert len({episode.prompt[-1]["content"] for episode in episodes}) == 1
+
+
+def test_options_reach_reset(play):
+    (episode,) = play(Corridor, options={"length": 77})
+    assert "The door is at 77." in episode.prompt[-1]["content"]
+
+
+class Faulty(Corridor):
+    """Does something wrong, at a given step (0: in `reset`)."""
+
+    num_closed = 0
+
+    def __init__(self, fault, at):
+        super().__init__()
+        self.fault, self.at = fault, at
+
+    def reset(self, **kwargs):
+        answer = super().reset(**kwargs)
+        return self.fault(*answer) if self.at == 0 else answer
+
+    def step(self, action):
+        answer = super().step("x")
+        return self.fault(*answer) if self.num_steps == self.at else answer
+
+    def close(self):
+        Faulty.num_closed += 1
+        raise OSError("close failed as well")
+
+
+def crash(*answer):
+    raise RuntimeError("the simulator crashed")
+
+
+FAULTS = [
+    pytest.param(crash, "the simulator crashed", id="raises"),
+    pytest.param(lambda *answer: (42, *answer[1:]), "must be a `str`", id="observation is no text"),
+    pytest.param(lambda *answer: None, "returned None", id="nothing"),
+    pytest.param(lambda *answer: (*answer[:-1], None), "must be a `dict`", id="info is no dict"),
+]
+STEP_FAULTS = [
+    pytest.param(lambda o, r, *rest: (o, float("nan"), *rest), "must be finite", id="reward is NaN"),
+    pytest.param(lambda o, r, *rest: (o, "much", *rest), "must be a number", id="reward is no number"),
+    pytest.param(lambda o, r, *rest: (o, r, True), r"terminated, truncated, info", id="three values"),
+]
+
+
+class TestFaults:
+    @pytest.mark.parametrize("at", [0, 1, 3])
+    @pytest.mark.parametrize(("fault", "message"), FAULTS)
+    def test_costs_its_own_episode_only(self, play, fault, message, at):
+        self.check(play, fault, message, at)
+
+    @pytest.mark.parametrize(("fault", "message"), STEP_FAULTS)
+    def test_in_a_step(self, play, fault, message):
+        self.check(play, fault, message, at=2)
+
+    def check(self, play, fault, message, at):
+        made = []
+
+        def factory():
+            made.append(Faulty(fault, at) if len(made) == 1 else Corridor(turns=4))
+            return made[-1]
+
+        closed = Faulty.num_closed
+        good, bad, other = play(factory, num=3, parser=lambda text: "x")
+        assert bad.failed
+        assert message in bad.failure.replace("\n", " ") or pytest.fail(bad.failure)
+        assert Faulty.num_closed == closed + 1
+        assert (good.failed, other.failed) == (False, False)
+        assert len(good.turns) == len(other.turns) == 4
+        assert episode_row(bad, placeholder_id=7).completion_ids == [7]
+        assert episode_row(bad, placeholder_id=7).action_mask == [0]
+
+    def test_all_fail(self, play):
+        episodes = play(lambda: Faulty(crash, 0), num=2)
+        assert all(episode.failed for episode in episodes)
+
+    def test_factory_that_raises(self, play):
+        def factory():
+            raise OSError("no more processes")
+
+        (episode,) = play(factory)
+        assert "no more processes" in episode.failure
+
+
+def test_pool_reuses_environments_and_replaces_failed_ones():
+    pool = EnvironmentPool(Corridor)
+    first = pool.take(None)
+    pool.give_back(None, first)
+    assert pool.take(None) is first
+    assert pool.take(None) is not first
+
+
+def test_environments_are_gymnasium_environments():
+    assert issubclass(TextEnv, gymnasium.Env)

@@ -1,0 +1,248 @@
+"""
+Every private name of TRL that this package relies on, and nothing else.
+
+`SeamedGRPOTrainer` turns them into a few methods with names of their own, which `EPOTrainer` overrides. The list
+`SIGNATURES` is checked against the installed TRL by `tests/test_trl_seams.py`.
+"""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from accelerate.utils import gather
+from torch import Tensor
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+from trl import GRPOTrainer
+from trl.models import unwrap_model_for_generation
+
+from .generation import CachedTurnSampler, RequestTurnSampler, TurnSampler, make_logits_processors
+
+
+# Name of each GRPOTrainer method that is overridden or called -> its parameters.
+SIGNATURES = {
+    "_get_per_token_logps_and_entropies": (
+        "self",
+        "model",
+        "input_ids",
+        "attention_mask",
+        "logits_to_keep",
+        "batch_size",
+        "compute_entropy",
+        "compute_aux_loss",
+        "pixel_values",
+        "image_grid_thw",
+        "num_images",
+        "pixel_attention_mask",
+        "spatial_shapes",
+        "num_tiles",
+        "image_sizes",
+        "token_type_ids",
+        "mm_token_type_ids",
+        "image_position_ids",
+    ),
+    "_generate_and_score_completions": ("self", "inputs"),
+    "_generate": ("self", "prompts"),
+    "_generate_single_turn": (
+        "self",
+        "prompt_ids",
+        "images",
+        "multimodal_fields",
+        "num_generations",
+        "has_tool_images",
+    ),
+    "_calculate_rewards": ("self", "inputs", "prompts", "completions", "completion_ids_list"),
+    "_save_checkpoint": ("self", "model", "trial"),
+    "_load_optimizer_and_scheduler": ("self", "checkpoint"),
+    "compute_loss": ("self", "model", "inputs", "return_outputs", "num_items_in_batch"),
+    "log": ("self", "logs", "start_time"),
+}
+# Attributes that GRPOTrainer.__init__ sets and this module reads or sets.
+ATTRIBUTES = (
+    "_entropy_bonus_enabled",
+    "_metrics",
+    "_step",
+    "_tokenizer",
+    "_dist",
+    "eos_token_ids",
+    "rollout_func",
+    "reward_funcs",
+    "reward_func_names",
+    "reward_processing_classes",
+    "reward_weights",
+    "tools",
+    "chat_template",
+    "chat_template_kwargs",
+    "max_completion_length",
+    "num_generations",
+    "num_generations_eval",
+)
+
+
+class SeamedGRPOTrainer(GRPOTrainer):
+    """`GRPOTrainer` with its private seams under names of our own."""
+
+    def __init__(self, *args, **kwargs):
+        self._captured_entropies: list[Tensor] | None = None
+        self._played_batch: dict[str, list] | None = None
+        super().__init__(*args, **kwargs)
+
+    # What a subclass may override
+
+    def prepare_rows(self, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        """Called with the dataset rows of a generation batch, G copies of a row next to each other."""
+        return rows
+
+    def extend_batch(self, batch: dict[str, Any]) -> dict[str, Any]:
+        """Called with the scored batch before it is shuffled and split."""
+        return batch
+
+    def save_state(self, checkpoint: str) -> None:
+        """Called with the folder of a checkpoint that was just written, on the process that writes."""
+
+    def load_state(self, checkpoint: str) -> None:
+        """Called with the folder of the checkpoint that training resumes from, on every process."""
+
+    # What a subclass may use
+
+    @property
+    def mode(self) -> str:
+        """`"train"` or `"eval"`."""
+        return "train" if self.model.training else "eval"
+
+    def disable_own_entropy_bonus(self) -> None:
+        """Keep TRL from adding its bonus for `entropy_coef`."""
+        self._entropy_bonus_enabled = False
+
+    def add_reward_func(self, func, name: str) -> None:
+        """Add a reward function of weight 1 after the user's."""
+        self.reward_funcs.append(func)
+        self.reward_func_names.append(name)
+        self.reward_processing_classes.append(None)
+        self.reward_weights = torch.cat([self.reward_weights, torch.ones(1)])
+
+    def use_played_episodes(self) -> None:
+        """Take completions from [`set_played_batch`] from now on, instead of generating them."""
+        self.rollout_func = lambda prompts, trainer: dict(self._played_batch["fields"])
+
+    def set_played_batch(
+        self,
+        prompt_ids: list[list[int]],
+        completion_ids: list[list[int]],
+        logprobs: list[list[float]] | None,
+        action_mask: list[list[int]],
+        completions: list[list[dict[str, str]]],
+        failed: list[bool],
+    ) -> None:
+        """The completions of the current generation batch; those that `failed` get no reward at all."""
+        self._played_batch = {
+            "fields": {
+                "prompt_ids": prompt_ids,
+                "completion_ids": completion_ids,
+                "logprobs": logprobs,
+                "env_mask": action_mask,
+            },
+            "completions": completions,
+            "failed": failed,
+        }
+
+    @property
+    def optimizer_micro_step(self) -> int:
+        """Index of the current backward pass within its generation batch, over all passes over that batch."""
+        return self._step % (self.args.steps_per_generation * self.num_iterations)
+
+    def set_metric(self, name: str, value: float) -> None:
+        """Set a metric of the next log entry."""
+        self._metrics[self.mode][name] = [value]
+
+    def add_metric(self, name: str, value: float) -> None:
+        """Add a value to a metric that the next log entry averages."""
+        self._metrics[self.mode][name].append(value)
+
+    @contextmanager
+    def capture_entropies(self) -> Iterator[list[Tensor]]:
+        """Collect the token entropies, with gradient, that the loss computes inside this context."""
+        self._captured_entropies = []
+        try:
+            yield self._captured_entropies
+        finally:
+            self._captured_entropies = None
+
+    @contextmanager
+    def turn_sampler(self) -> Iterator[TurnSampler]:
+        """A sampler over the current weights; the model is in evaluation mode meanwhile."""
+        if self.use_vllm or self.use_transformers_continuous_batching:
+            yield RequestTurnSampler(self._generate_request)
+            return
+        was_training = self.model.training
+        with (
+            unwrap_model_for_generation(
+                self.model_wrapped,
+                self.accelerator,
+                gather_deepspeed3_params=self.args.ds3_gather_for_generation,
+                gradient_checkpointing_kwargs=self.args.gradient_checkpointing_kwargs,
+            ) as model,
+            self._dist.summon_full_params(self.model_wrapped, recurse=False),
+        ):
+            model.eval()
+            try:
+                yield CachedTurnSampler(
+                    model,
+                    eos_token_ids=self.eos_token_ids,
+                    pad_token_id=self._tokenizer.pad_token_id,
+                    temperature=self.temperature,
+                    processors=make_logits_processors(
+                        self.temperature, self.top_p, self.top_k, self.min_p, self.repetition_penalty
+                    ),
+                )
+            finally:
+                model.train(was_training)
+
+    def _generate_request(
+        self, prompts: list[list[int]], max_new_tokens: int
+    ) -> tuple[list[list[int]], list[list[float]] | None]:
+        if self.use_vllm:
+            self.vllm_generation.max_completion_length = max_new_tokens
+        else:
+            self.generation_config.max_new_tokens = max_new_tokens
+        # Each episode asks for its own next turn: one generation a prompt.
+        return self._generate_single_turn(prompts, None, {}, num_generations=1)
+
+    # TRL's methods
+
+    def _get_per_token_logps_and_entropies(self, *args, **kwargs):
+        outputs = super()._get_per_token_logps_and_entropies(*args, **kwargs)
+        if self._captured_entropies is not None and outputs[1] is not None:
+            self._captured_entropies.append(outputs[1])
+        return outputs
+
+    def _generate_and_score_completions(self, inputs):
+        try:
+            return self.extend_batch(super()._generate_and_score_completions(self.prepare_rows(inputs)))
+        finally:
+            self._played_batch = None
+
+    def _generate(self, prompts):
+        outputs = list(super()._generate(prompts))
+        if self._played_batch is not None:
+            outputs[3] = self._played_batch["completions"]
+        return tuple(outputs)
+
+    def _calculate_rewards(self, inputs, prompts, completions, completion_ids_list):
+        rewards = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
+        if self._played_batch is not None:
+            failed = torch.tensor(self._played_batch["failed"], device=rewards.device)
+            rewards[gather(failed)] = torch.nan  # no reward: neither loss nor baseline
+        return rewards
+
+    def _save_checkpoint(self, model, trial):
+        super()._save_checkpoint(model, trial)
+        if self.args.should_save:
+            folder = f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+            self.save_state(os.path.join(self._get_output_dir(trial=trial), folder))
+
+    def _load_optimizer_and_scheduler(self, checkpoint):
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint is not None:
+            self.load_state(checkpoint)

@@ -1,0 +1,78 @@
+"""The text-environment contract: a `gymnasium.Env` whose observations and actions are text."""
+
+import math
+import string
+from typing import Any
+
+import gymnasium
+from gymnasium.spaces import Text
+
+
+MAX_OBSERVATION_LENGTH = 100_000  # characters
+MAX_ACTION_LENGTH = 1_000  # characters
+
+
+class TextEnv(gymnasium.Env[str, str]):
+    """
+    Base class of the environments in this package. Any other `gymnasium.Env` that keeps to the same contract works as
+    well; `trl_epo.check_env` tells whether one does.
+
+    - `reset(seed=, options=) -> (observation, info)`: the first observation says what the task is. The same seed and
+      options give the same episode. `options` is the dataset row.
+    - `step(action) -> (observation, reward, terminated, truncated, info)`: any string is an action; one that makes no
+      sense is answered by a sentence, never by an exception. `terminated` is the environment's own end, `truncated` a
+      turn limit of the environment.
+
+    Keys of `info` that the trainer reads, all of them optional:
+
+    - `"success"` (`bool`): whether the goal is reached. The last step's value is the episode's success.
+    - `"invalid_action"` (`bool`): the environment did not understand this action.
+    - `"task"` (`str`): the kind of task, for success rates per task.
+    - `"admissible_actions"` (`list[str]`): what may be done now.
+    """
+
+    observation_space = Text(max_length=MAX_OBSERVATION_LENGTH, min_length=0, charset=string.printable)
+    action_space = Text(max_length=MAX_ACTION_LENGTH, min_length=0, charset=string.printable)
+
+
+def check_reset(result: Any) -> tuple[str, dict[str, Any]]:
+    """Return the answer of `reset` if it keeps to the contract; raise a `TypeError` that says what is wrong if not."""
+    if not isinstance(result, tuple) or len(result) != 2:
+        raise TypeError(f"`reset` returned {_describe(result)}, but must return `(observation, info)`.")
+    _check_text_and_info("reset", *result)
+    return result
+
+
+def check_step(result: Any) -> tuple[str, float, bool, bool, dict[str, Any]]:
+    """
+    Return the answer of `step` if it keeps to the contract, with the reward as a `float`.
+
+    Raises:
+        TypeError: If a part has the wrong type.
+        ValueError: If the reward is not finite.
+    """
+    if not isinstance(result, tuple) or len(result) != 5:
+        raise TypeError(
+            f"`step` returned {_describe(result)}, but must return `(observation, reward, terminated, truncated, info)`."
+        )
+    observation, reward, terminated, truncated, info = result
+    _check_text_and_info("step", observation, info)
+    try:
+        reward = float(reward)
+    except (TypeError, ValueError):
+        raise TypeError(f"`step` returned the reward {reward!r}, but it must be a number.") from None
+    if not math.isfinite(reward):
+        raise ValueError(f"`step` returned the reward {reward}, but it must be finite.")
+    return observation, reward, bool(terminated), bool(truncated), info
+
+
+def _check_text_and_info(method: str, observation: Any, info: Any) -> None:
+    if not isinstance(observation, str):
+        raise TypeError(f"`{method}` returned the observation {_describe(observation)}, but it must be a `str`.")
+    if not isinstance(info, dict):
+        raise TypeError(f"`{method}` returned the info {_describe(info)}, but it must be a `dict`.")
+
+
+def _describe(value: Any) -> str:
+    text = repr(value)
+    return f"{text if len(text) <= 80 else text[:77] + '...'} ({type(value).__name__})"

@@ -1,0 +1,109 @@
+"""`check_env`: says in plain words what is wrong with a text environment."""
+
+from collections.abc import Callable
+from typing import Any
+
+import gymnasium
+
+from .base import check_reset, check_step
+
+
+SEED = 0
+HOSTILE_ACTIONS = ("", "xyzzy", "\n", "<|im_end|>", "ÄÖÜ 🦉", "word " * 200)
+
+
+def check_env(env: gymnasium.Env, options: dict[str, Any] | None = None) -> None:
+    """
+    Check that an environment keeps to the contract of text environments (see [`~trl_epo.envs.TextEnv`]).
+
+    Plays a few steps, so use an instance of its own. Whether the environment is a good one it cannot tell.
+
+    Args:
+        env (`gymnasium.Env`): The environment.
+        options (`dict`, *optional*): A dataset row to reset it with.
+
+    Raises:
+        ValueError: Lists everything that is wrong, each with what was expected.
+
+    >>> from trl_epo.envs.household import Household
+    >>> check_env(Household())
+    """
+    if isinstance(env, type) or (callable(env) and not isinstance(env, gymnasium.Env)):
+        raise ValueError(f"`env` is {env!r}, but must be an environment, not the thing that makes one. Call it first.")
+    if not isinstance(env, gymnasium.Env):
+        raise ValueError(
+            f"`env` is a {type(env).__name__}, but must be a `gymnasium.Env`. Derive it from `trl_epo.envs.TextEnv`."
+        )
+    problems = [*_check_spaces(env), *_check_episode(env, options or {})]
+    if problems:
+        lines = "".join(f"\n- {problem}" for problem in problems)
+        raise ValueError(f"{type(env).__name__} is not a text environment yet:{lines}")
+
+
+def _check_spaces(env: gymnasium.Env) -> list[str]:
+    problems = []
+    for name in ("observation_space", "action_space"):
+        space = getattr(env, name, None)
+        if not isinstance(space, gymnasium.spaces.Text):
+            problems.append(f"`{name}` is {space!r}, but must be a `gymnasium.spaces.Text`: {name[:-6]}s are strings.")
+    return problems
+
+
+def _check_episode(env: gymnasium.Env, options: dict[str, Any]) -> list[str]:
+    problems: list[str] = []
+
+    def attempt(what: str, call: Callable[[], Any], check: Callable[[Any], Any]) -> Any:
+        try:
+            answer = call()
+        except Exception as error:
+            problems.append(f"{what} raised {type(error).__name__}: {error}")
+            return None
+        try:
+            return check(answer)
+        except (TypeError, ValueError) as error:
+            problems.append(f"{what}: {error}")
+            return None
+
+    def reset():
+        return attempt(
+            f"`reset(seed={SEED}, options={options})`",
+            lambda: env.reset(seed=SEED, options=dict(options)),
+            check_reset,
+        )
+
+    first = reset()
+    if first is None:
+        return problems  # nothing else can be tried
+    observation, info = first
+    if not observation.strip():
+        problems.append("The first observation is empty, but it must tell the agent its task.")
+    for action in HOSTILE_ACTIONS:
+        shown = action if len(action) <= 20 else action[:20] + "…"
+        answer = attempt(f"`step({shown!r})`", lambda action=action: env.step(action), check_step)
+        if answer is None:
+            break
+        observation, _, terminated, truncated, info = answer
+        problems += _check_info(info)
+        if not observation.strip():
+            problems.append(f"`step({shown!r})` answers with an empty text, but every reply must be a sentence.")
+        if terminated or truncated:
+            reset()
+    if not problems:
+        again = reset()
+        if again is not None and again[0] != first[0]:
+            problems.append(
+                f"`reset(seed={SEED})` gives another first observation the second time. The episodes of a group must "
+                "start from the same state: draw everything from `self.np_random` after `super().reset(seed=seed)`."
+            )
+    return list(dict.fromkeys(problems))
+
+
+def _check_info(info: dict[str, Any]) -> list[str]:
+    problems = []
+    for key in ("success", "invalid_action"):
+        if key in info and info[key] not in (True, False):
+            problems.append(f"`info[{key!r}]` is {info[key]!r}, but must be a `bool`.")
+    admissible = info.get("admissible_actions")
+    if admissible is not None and not all(isinstance(action, str) for action in admissible):
+        problems.append(f"`info['admissible_actions']` is {admissible!r}, but must be a list of `str`.")
+    return problems

@@ -1,0 +1,133 @@
+"""What an episode is: turns of sampled tokens and observations, and the training row they make."""
+
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import Any
+
+
+class StopReason(str, Enum):
+    """Why an episode ended."""
+
+    TERMINATED = "terminated"  # the environment's own end: goal reached or lost
+    TRUNCATED = "truncated"  # the environment's turn limit
+    MAX_TURNS = "max_turns"  # the trainer's turn limit
+    TOKEN_BUDGET = "token_budget"  # no room for another turn in the episode's tokens
+    FAILURE = "failure"  # the environment raised or answered garbage; the episode is not trained on
+
+
+@dataclass(frozen=True)
+class Turn:
+    """
+    One action of the policy and the environment's answer.
+
+    Args:
+        observation_ids (`tuple[int, ...]`): Tokens between the previous action and this one: the observation as the
+            chat template renders it. Empty for the first turn, whose observation ends the prompt.
+        action_ids (`tuple[int, ...]`): The tokens the policy sampled, as sampled.
+        logprobs (`tuple[float, ...]` or `None`): Log-probability of each sampled token at the sampling temperature,
+            in nats; `None` if the generation backend does not tell.
+        text (`str`): The sampled text.
+        action (`str` or `None`): What the action parser found in it; `None` if nothing.
+        invalid (`bool`): Whether the parser found no action or the environment did not understand it.
+        observation (`str`): The environment's answer to the action.
+        reward (`float`): The environment's reward for the action.
+    """
+
+    observation_ids: tuple[int, ...]
+    action_ids: tuple[int, ...]
+    logprobs: tuple[float, ...] | None
+    text: str
+    action: str | None
+    invalid: bool
+    observation: str
+    reward: float
+
+
+@dataclass(frozen=True)
+class Episode:
+    """
+    An episode as it was played.
+
+    Args:
+        prompt (`list[dict]`): The first messages; the last one ends with the first observation.
+        prompt_ids (`tuple[int, ...]`): The same as tokens, with the assistant's header.
+        turns (`tuple[Turn, ...]`): The turns in order.
+        stop_reason ([`StopReason`]): Why it ended.
+        success (`bool` or `None`): The environment's last `info["success"]`; `None` if it does not tell.
+        task (`str` or `None`): The kind of task, for metrics.
+        options (`dict`): The dataset row the environment was reset with.
+        seed (`int`): The seed it was reset with.
+        failure (`str` or `None`): The error, if `stop_reason` is a failure.
+    """
+
+    prompt: list[dict[str, Any]]
+    prompt_ids: tuple[int, ...]
+    turns: tuple[Turn, ...]
+    stop_reason: StopReason
+    success: bool | None = None
+    task: str | None = None
+    options: dict[str, Any] = field(default_factory=dict)
+    seed: int = 0
+    failure: str | None = None
+
+    @property
+    def failed(self) -> bool:
+        """Whether the environment failed, so that the episode is worth nothing as an experience."""
+        return self.stop_reason is StopReason.FAILURE
+
+    @property
+    def episode_return(self) -> float:
+        """The undiscounted sum of the environment's rewards (γ = 1)."""
+        return sum(turn.reward for turn in self.turns)
+
+    @property
+    def num_invalid_actions(self) -> int:
+        """Number of turns whose action was invalid."""
+        return sum(turn.invalid for turn in self.turns)
+
+    @property
+    def completion(self) -> list[dict[str, str]]:
+        """The episode after its prompt as chat messages: assistant, user, …, assistant."""
+        messages = []
+        for turn in self.turns:
+            messages.append({"role": "assistant", "content": turn.text})
+            messages.append({"role": "user", "content": turn.observation})
+        return messages[:-1] or [{"role": "assistant", "content": ""}]
+
+
+@dataclass(frozen=True)
+class Row:
+    """
+    One training row: parallel lists over the T tokens after the prompt.
+
+    Args:
+        completion_ids (`list[int]`): Actions and the observations between them.
+        action_mask (`list[int]`): 1 at action tokens, 0 at observation tokens.
+        turn_ids (`list[int]`): The turn of each action token, counted from 0; −1 at observation tokens.
+        logprobs (`list[float]` or `None`): Sampling log-probabilities in nats; 0.0 at observation tokens.
+    """
+
+    completion_ids: list[int]
+    action_mask: list[int]
+    turn_ids: list[int]
+    logprobs: list[float] | None
+
+
+def episode_row(episode: Episode, placeholder_id: int) -> Row:
+    """
+    Lay an episode's sampled tokens out as a training row; nothing is tokenised again.
+
+    A failed episode gives a single masked `placeholder_id` token, so that it keeps its place in the batch without
+    being trained on.
+    """
+    if episode.failed or not episode.turns:
+        return Row([placeholder_id], [0], [-1], [0.0])
+    completion_ids, action_mask, turn_ids, logprobs = [], [], [], []
+    for index, turn in enumerate(episode.turns):
+        num_observation, num_action = len(turn.observation_ids), len(turn.action_ids)
+        completion_ids += [*turn.observation_ids, *turn.action_ids]
+        action_mask += [0] * num_observation + [1] * num_action
+        turn_ids += [-1] * num_observation + [index] * num_action
+        if turn.logprobs is not None:
+            logprobs += [0.0] * num_observation + [*turn.logprobs]
+    return Row(completion_ids, action_mask, turn_ids, logprobs if len(logprobs) == len(completion_ids) else None)

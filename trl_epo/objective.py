@@ -1,0 +1,160 @@
+"""
+EPO's entropy term as pure functions on tensors (arXiv 2509.22576, Eq. 2-6).
+
+    loss = policy loss − λ · [L_H − β_k · L_smooth]
+
+Shapes: B rows (one episode each), T token positions. Entropies are in nats.
+"""
+
+import math
+
+import torch
+from torch import Tensor
+
+
+def turn_ids_from_mask(mask: Tensor) -> Tensor:
+    """
+    Number the turns of each row: a turn is an unbroken run of action tokens.
+
+    Args:
+        mask (`Tensor` of shape `(B, T)`): 1 at action tokens, 0 at observation and padding tokens.
+
+    Returns:
+        `Tensor` of shape `(B, T)`, int64: the token's turn, counted from 0, and −1 where `mask` is 0.
+
+    >>> turn_ids_from_mask(torch.tensor([[1, 1, 0, 1, 0, 0]]))
+    tensor([[ 0,  0, -1,  1, -1, -1]])
+    """
+    action = mask.bool()
+    previous = torch.nn.functional.pad(action[:, :-1], (1, 0), value=False)
+    starts = action & ~previous
+    return (starts.cumsum(dim=1) - 1).masked_fill(~action, -1)
+
+
+def episode_turn_means(values: Tensor, mask: Tensor, turn_ids: Tensor) -> Tensor:
+    """
+    The two inner means of Eq. 2: over the action tokens of a turn, then over the turns of an episode.
+
+    Args:
+        values (`Tensor` of shape `(B, T)`): A value per token.
+        mask (`Tensor` of shape `(B, T)`): 1 at action tokens; all other positions are ignored.
+        turn_ids (`Tensor` of shape `(B, T)`, int64): The turn of each action token, counted from 0.
+
+    Returns:
+        `Tensor` of shape `(B,)`; 0 for an episode without action tokens.
+    """
+    action = mask.bool()
+    ids = turn_ids.masked_fill(~action, 0)
+    num_turns = int(ids.max()) + 1 if ids.numel() else 1
+    shape = (values.size(0), num_turns)
+    # `where`, not a product: an ignored position may hold inf or NaN.
+    sums = values.new_zeros(shape).scatter_add(1, ids, torch.where(action, values, 0.0))  # (B, turns)
+    counts = values.new_zeros(shape).scatter_add(1, ids, action.to(values.dtype))  # (B, turns)
+    turn_means = sums / counts.clamp(min=1.0)
+    return turn_means.sum(dim=1) / (counts > 0).sum(dim=1).clamp(min=1)
+
+
+def turn_mean(values: Tensor, mask: Tensor, turn_ids: Tensor, num_episodes: Tensor | float | None = None) -> Tensor:
+    """
+    Eq. 2: the mean over episodes of the mean over turns of the mean over the turn's action tokens.
+
+    A turn counts once however long it is, and an episode counts once however many turns it has.
+
+    Args:
+        values (`Tensor` of shape `(B, T)`): A value per token, e.g. its entropy.
+        mask (`Tensor` of shape `(B, T)`): 1 at action tokens; all other positions are ignored.
+        turn_ids (`Tensor` of shape `(B, T)`, int64): The turn of each action token, counted from 0.
+        num_episodes (`Tensor` or `float`, *optional*): What the sum over episodes is divided by. Defaults to the
+            number of rows with at least one action token; give the whole batch's number to split a batch.
+
+    Returns:
+        `Tensor`, a scalar; 0 when there is no action token.
+
+    >>> entropies = torch.tensor([[1.0, 3.0, 9.0, 4.0]])
+    >>> mask = torch.tensor([[1, 1, 0, 1]])  # turn 0: 1 and 3 (mean 2); an observation; turn 1: 4
+    >>> turn_mean(entropies, mask, turn_ids_from_mask(mask))
+    tensor(3.)
+    """
+    if num_episodes is None:
+        num_episodes = mask.bool().any(dim=1).sum().clamp(min=1)
+    return episode_turn_means(values, mask, turn_ids).sum() / num_episodes
+
+
+def token_mean(values: Tensor, mask: Tensor, num_tokens: Tensor | float | None = None) -> Tensor:
+    """
+    The mean over all action tokens of a batch, each counting once.
+
+    Args:
+        values (`Tensor` of shape `(B, T)`): A value per token.
+        mask (`Tensor` of shape `(B, T)`): 1 at action tokens; all other positions are ignored.
+        num_tokens (`Tensor` or `float`, *optional*): What the sum is divided by. Defaults to the number of action
+            tokens; give the whole batch's number to split a batch.
+
+    Returns:
+        `Tensor`, a scalar; 0 when there is no action token.
+    """
+    action = mask.bool()
+    if num_tokens is None:
+        num_tokens = action.sum().clamp(min=1)
+    return torch.where(action, values, 0.0).sum() / num_tokens
+
+
+def smoothing_penalty(
+    entropies: Tensor, reference: Tensor | float, low: float, high: float, kind: str = "hinge"
+) -> Tensor:
+    """
+    Eq. 3: how far each token's entropy is outside the corridor [κ_l·H̄_W, κ_r·H̄_W].
+
+    Args:
+        entropies (`Tensor` of any shape): Entropy per token, in nats.
+        reference (`Tensor` or `float`): H̄_W, the mean entropy of the steps so far, in nats. A constant: no gradient
+            flows into it.
+        low (`float`): κ_l, the lower bound as a multiple of `reference`.
+        high (`float`): κ_r, the upper bound as a multiple of `reference`.
+        kind (`str`, *optional*, defaults to `"hinge"`): `"hinge"`: relu(κ_l·H̄_W − H) + relu(H − κ_r·H̄_W), in nats,
+            with slope ±1 outside the corridor. `"indicator"`: 1 outside and 0 inside (the paper's first version),
+            which has no gradient.
+
+    Returns:
+        `Tensor` of the shape of `entropies`: 0 inside the corridor, positive outside.
+
+    Raises:
+        ValueError: If `kind` is neither of the two.
+
+    >>> smoothing_penalty(torch.tensor([0.1, 1.0, 2.5]), reference=1.0, low=0.5, high=1.5)
+    tensor([0.4000, 0.0000, 1.0000])
+    """
+    if isinstance(reference, Tensor):
+        reference = reference.detach()
+    below = low * reference - entropies
+    above = entropies - high * reference
+    if kind == "hinge":
+        return torch.relu(below) + torch.relu(above)
+    if kind == "indicator":
+        return ((below > 0) | (above > 0)).to(entropies.dtype)
+    raise ValueError(f"`kind` is {kind!r}, but must be 'hinge' or 'indicator'.")
+
+
+def phase_weight(step: int, total_steps: int, decay: float) -> float:
+    """
+    Eq. 5: β_k = 1 + exp(−γ_β·k/k_mid) with k_mid = ⌊K/2⌋, at least 1.
+
+    2 at the start, 1 + e^−γ in the middle, near 1 at the end.
+
+    Args:
+        step (`int`): k, the RL step, counted from 0.
+        total_steps (`int`): K, all RL steps of the run.
+        decay (`float`): γ_β.
+
+    Returns:
+        `float`: β_k.
+
+    Raises:
+        ValueError: If `step` is negative or `total_steps` below 1.
+
+    >>> phase_weight(0, 100, 3.0)
+    2.0
+    """
+    if step < 0 or total_steps < 1:
+        raise ValueError(f"`step` ({step}) must be at least 0 and `total_steps` ({total_steps}) at least 1.")
+    return 1.0 + math.exp(-decay * step / max(total_steps // 2, 1))
