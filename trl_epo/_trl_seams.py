@@ -16,6 +16,7 @@ from torch import Tensor
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from trl import GRPOTrainer
 from trl.models import unwrap_model_for_generation
+from trl.trainer.utils import RepeatSampler
 
 from .generation import CachedTurnSampler, RequestTurnSampler, TurnSampler, make_logits_processors
 
@@ -53,6 +54,7 @@ SIGNATURES = {
         "has_tool_images",
     ),
     "_calculate_rewards": ("self", "inputs", "prompts", "completions", "completion_ids_list"),
+    "_get_train_sampler": ("self", "dataset"),
     "_save_checkpoint": ("self", "model", "trial"),
     "_load_optimizer_and_scheduler": ("self", "checkpoint"),
     "compute_loss": ("self", "model", "inputs", "return_outputs", "num_items_in_batch"),
@@ -80,6 +82,17 @@ ATTRIBUTES = (
 )
 
 
+class ResumableRepeatSampler(RepeatSampler):
+    """TRL's sampler, whose order of rows in an epoch does not depend on whether training was resumed before it."""
+
+    def set_epoch(self, epoch: int) -> None:
+        """Called by the data loader when an epoch begins; brings the generator to where that epoch finds it."""
+        if self.shuffle:
+            self.generator.manual_seed(self.seed)
+            for _ in range(epoch):
+                torch.randperm(self.num_samples, generator=self.generator)
+
+
 class SeamedGRPOTrainer(GRPOTrainer):
     """`GRPOTrainer` with its private seams under names of our own."""
 
@@ -98,10 +111,10 @@ class SeamedGRPOTrainer(GRPOTrainer):
         """Called with the scored batch before it is shuffled and split."""
         return batch
 
-    def save_state(self, checkpoint: str) -> None:
+    def save_extras(self, checkpoint: str) -> None:
         """Called with the folder of a checkpoint that was just written, on the process that writes."""
 
-    def load_state(self, checkpoint: str) -> None:
+    def load_extras(self, checkpoint: str) -> None:
         """Called with the folder of the checkpoint that training resumes from, on every process."""
 
     # What a subclass may use
@@ -236,13 +249,24 @@ class SeamedGRPOTrainer(GRPOTrainer):
             rewards[gather(failed)] = torch.nan  # no reward: neither loss nor baseline
         return rewards
 
+    def _get_train_sampler(self, dataset=None):
+        sampler = super()._get_train_sampler(dataset)
+        return ResumableRepeatSampler(
+            data_source=sampler.data_source,
+            mini_repeat_count=sampler.mini_repeat_count,
+            batch_size=sampler.batch_size,
+            repeat_count=sampler.repeat_count,
+            shuffle=sampler.shuffle,
+            seed=sampler.seed,
+        )
+
     def _save_checkpoint(self, model, trial):
         super()._save_checkpoint(model, trial)
         if self.args.should_save:
             folder = f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
-            self.save_state(os.path.join(self._get_output_dir(trial=trial), folder))
+            self.save_extras(os.path.join(self._get_output_dir(trial=trial), folder))
 
     def _load_optimizer_and_scheduler(self, checkpoint):
         super()._load_optimizer_and_scheduler(checkpoint)
         if checkpoint is not None:
-            self.load_state(checkpoint)
+            self.load_extras(checkpoint)

@@ -187,9 +187,10 @@ class EPOTrainer(SeamedGRPOTrainer):
             self.entropy_history.begin_step()
         if self._environments is None:
             return rows
-        with self.turn_sampler() as sampler:
+        starts = self._episode_starts(rows)
+        with self.turn_sampler() as sampler:  # the model is in evaluation mode in here
             episodes = play_episodes(
-                starts=self._episode_starts(rows),
+                starts=starts,
                 pool=self._environments,
                 chat=self._chat,
                 sampler=sampler,
@@ -350,11 +351,11 @@ class EPOTrainer(SeamedGRPOTrainer):
         self._summaries[self.mode].clear()
         super().log(logs, start_time)
 
-    def save_state(self, checkpoint: str) -> None:
+    def save_extras(self, checkpoint: str) -> None:
         with open(os.path.join(checkpoint, HISTORY_FILE), "w") as file:
             json.dump(self.entropy_history.state_dict(), file)
 
-    def load_state(self, checkpoint: str) -> None:
+    def load_extras(self, checkpoint: str) -> None:
         path = os.path.join(checkpoint, HISTORY_FILE)
         if not os.path.exists(path):
             logger.warning(

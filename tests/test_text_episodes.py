@@ -1,0 +1,419 @@
+"""`EPOTrainer` with text environments: real environments, a real model, the real trainer."""
+
+import gymnasium
+import pytest
+import torch
+from conftest import CHATML, Corridor, make_model
+from datasets import Dataset, IterableDataset
+
+from trl_epo import EPOConfig, EPOTrainer
+
+
+BASE = {
+    "per_device_train_batch_size": 8,
+    "gradient_accumulation_steps": 1,
+    "num_generations": 4,
+    "max_turns": 4,
+    "max_turn_length": 5,
+    "max_steps": 2,
+    "learning_rate": 1e-2,
+    "logging_steps": 1,
+    "save_strategy": "no",
+    "use_cpu": True,
+    "bf16": False,
+    "gradient_checkpointing": False,
+    "disable_tqdm": True,
+}
+ROWS = Dataset.from_dict({"length": [2, 3, 4, 5]})
+
+
+def make_trainer(tmp_path, tokenizer, factory=Corridor, dataset=ROWS, trainer_kwargs=None, **kwargs):
+    return EPOTrainer(
+        make_model(),
+        args=EPOConfig(str(tmp_path), **{**BASE, **kwargs}),
+        train_dataset=dataset,
+        processing_class=tokenizer,
+        environment_factory=factory,
+        **(trainer_kwargs or {}),
+    )
+
+
+def weights(trainer):
+    return torch.cat([parameter.detach().flatten() for parameter in trainer.model.parameters()])
+
+
+def logs(trainer):
+    return [entry for entry in trainer.state.log_history if "episode/turns" in entry]
+
+
+class Recording(Corridor):
+    """Notes what it is reset with."""
+
+    calls = []
+
+    def reset(self, *, seed=None, options=None):
+        Recording.calls.append((seed, options))
+        return super().reset(seed=seed, options=options)
+
+
+@pytest.fixture
+def calls():
+    Recording.calls = []
+    return Recording.calls
+
+
+class TestTraining:
+    def test_weights_change_and_episodes_are_logged(self, tmp_path, tokenizer):
+        trainer = make_trainer(tmp_path, tokenizer, max_steps=3)
+        before = weights(trainer)
+        trainer.train()
+        assert not torch.equal(weights(trainer), before)
+        first, second, _ = logs(trainer)
+        for name in (
+            "episode/success_rate",
+            "episode/return",
+            "episode/turns",
+            "episode/invalid_actions",
+            "episode/stop/terminated",
+            "episode/stop/max_turns",
+            "rewards/episode_return/mean",
+            "epo/entropy",
+            "epo/entropy_early_turns",
+            "epo/entropy_late_turns",
+            "epo/policy_loss",
+            "epo/entropy_bonus",
+            "epo/smoothing_loss",
+            "epo/phase_weight",
+        ):
+            assert name in first
+        assert any(name.startswith("episode/success_rate/door") for name in first)
+        assert "epo/entropy_reference" not in first  # k = 0
+        assert second["epo/entropy_reference"] == trainer.entropy_history.means[0]
+        stops = [
+            first[f"episode/stop/{r}"] for r in ("terminated", "truncated", "max_turns", "token_budget", "failure")
+        ]
+        assert sum(stops) == pytest.approx(1.0)
+
+    def test_it_learns(self, tmp_path, tokenizer):
+        # One turn decides: a text with an "r" is a step to the door, any other one leads away from it.
+        dataset = Dataset.from_dict({"length": [1] * 4})
+        kwargs = {"max_turns": 1, "max_turn_length": 2, "max_steps": 40, "per_device_train_batch_size": 16}
+        trainer = make_trainer(tmp_path, tokenizer, dataset=dataset, num_train_epochs=1, **kwargs, seed=1)
+        trainer.train()
+        rates = [entry["episode/success_rate"] for entry in logs(trainer)]
+        assert sum(rates[-3:]) / 3 > sum(rates[:3]) / 3 + 0.5
+
+    def test_only_sampled_tokens_are_trained(self, tmp_path, tokenizer):
+        trainer = make_trainer(tmp_path, tokenizer)
+        trainer.model.train()
+        inputs = trainer._prepare_inputs(next(iter(trainer.get_train_dataloader())))
+        mask = inputs["completion_mask"] * inputs["tool_mask"]
+        assert torch.equal(mask.bool(), inputs["turn_ids"] >= 0)
+        text = tokenizer.batch_decode([ids[m.bool()] for ids, m in zip(inputs["completion_ids"], mask, strict=True)])
+        assert not any("You are at" in t for t in text)
+        observed = [
+            ids[(m == 0) & (c == 1)]
+            for ids, m, c in zip(inputs["completion_ids"], mask, inputs["completion_mask"], strict=True)
+        ]
+        assert any("You are at" in tokenizer.decode(ids) for ids in observed)
+
+    def test_kept_logprobs_are_the_training_forwards(self, tmp_path, tokenizer):
+        trainer = make_trainer(tmp_path, tokenizer, temperature=0.7)
+        trainer.model.train()
+        inputs = trainer._prepare_inputs(next(iter(trainer.get_train_dataloader())))
+        ids = torch.cat([inputs["prompt_ids"], inputs["completion_ids"]], dim=1)
+        attention = torch.cat([inputs["prompt_mask"], inputs["completion_mask"]], dim=1)
+        length = inputs["completion_ids"].size(1)
+        logprobs, _, _ = trainer._get_per_token_logps_and_entropies(trainer.model, ids, attention, length)
+        mask = inputs["turn_ids"] >= 0
+        torch.testing.assert_close(
+            inputs["sampling_per_token_logps"][mask], logprobs[mask].detach(), atol=1e-4, rtol=1e-4
+        )
+
+    def test_same_seed_same_result(self, tmp_path, tokenizer):
+        runs = []
+        for _ in range(2):
+            runs.append(make_trainer(tmp_path, tokenizer))
+            runs[-1].train()
+        assert torch.equal(weights(runs[0]), weights(runs[1]))
+        timeless = [[{k: v for k, v in e.items() if "time" not in k} for e in logs(run)] for run in runs]
+        assert timeless[0] == timeless[1]
+
+    def test_micro_batches_do_not_matter(self, tmp_path, tokenizer):
+        kwargs = {"entropy_coef": 0.5, "entropy_corridor_low": 0.99, "entropy_corridor_high": 1.0}
+        whole = make_trainer(tmp_path, tokenizer, **kwargs)
+        whole.train()
+        split = make_trainer(
+            tmp_path, tokenizer, per_device_train_batch_size=2, gradient_accumulation_steps=4, **kwargs
+        )
+        split.train()
+        torch.testing.assert_close(weights(split), weights(whole), atol=5e-5, rtol=1e-4)
+        assert split.entropy_history.means == pytest.approx(whole.entropy_history.means, rel=1e-5)
+
+    def test_resume_equals_no_interruption(self, tmp_path, tokenizer):
+        kwargs = {"save_strategy": "steps", "save_steps": 2, "max_steps": 4}
+        whole = make_trainer(tmp_path / "whole", tokenizer, **kwargs)
+        whole.train()
+        resumed = make_trainer(tmp_path / "resumed", tokenizer, **kwargs)
+        resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-2"))
+        assert torch.equal(weights(resumed), weights(whole))
+        assert resumed.entropy_history.state_dict() == whole.entropy_history.state_dict()
+
+
+class TestRows:
+    def test_a_group_shares_seed_and_options_and_steps_differ(self, tmp_path, tokenizer, calls):
+        make_trainer(tmp_path, tokenizer, Recording).train()
+        played = calls[1:]  # the first is the check of the first row
+        assert len(played) == 16
+        groups = [played[i : i + 4] for i in range(0, 16, 4)]
+        assert all(group.count(group[0]) == 4 for group in groups)
+        assert len({group[0][0] for group in groups}) == 4  # a new seed for each group of each step
+        assert {group[0][1]["length"] for group in groups} <= {2, 3, 4, 5}
+
+    def test_seed_column_and_missing_values(self, tmp_path, tokenizer, calls):
+        rows = Dataset.from_dict({"seed": [11, 12], "length": [3, None]})
+        make_trainer(tmp_path, tokenizer, Recording, rows).train()
+        assert {(seed, tuple(options)) for seed, options in calls[1:]} == {(11, ("length",)), (12, ())}
+
+    def test_without_a_dataset(self, tmp_path, tokenizer, calls):
+        trainer = make_trainer(tmp_path, tokenizer, Recording, dataset=None)
+        trainer.train()
+        assert trainer.state.global_step == 2
+        assert all(options == {} for _, options in calls)
+        with pytest.raises(ValueError, match="max_steps.*must be positive"):
+            make_trainer(tmp_path, tokenizer, dataset=None, max_steps=-1)
+
+    def test_iterable_dataset(self, tmp_path, tokenizer):
+        rows = IterableDataset.from_generator(lambda: ({"length": 3} for _ in range(100)))
+        trainer = make_trainer(tmp_path, tokenizer, dataset=rows)
+        trainer.train()
+        assert trainer.state.global_step == 2
+
+    def test_prompt_column_comes_before_the_first_observation(self, tmp_path, tokenizer):
+        system = {"role": "system", "content": "Go to the door."}
+        seen = []
+
+        def reward(prompts, completions, episodes, **kwargs):
+            seen.extend(prompts)
+            assert all(c[0]["role"] == "assistant" for c in completions)
+            assert all(e.prompt == p for e, p in zip(episodes, prompts, strict=True))
+            return [0.0] * len(prompts)
+
+        rows = Dataset.from_dict({"prompt": [[system]] * 4})
+        make_trainer(tmp_path, tokenizer, dataset=rows, trainer_kwargs={"reward_funcs": reward}).train()
+        assert all(prompt[0] == system for prompt in seen)
+        assert all(prompt[1]["content"].startswith("You are at") for prompt in seen)
+
+    def test_dictionary_of_factories(self, tmp_path, tokenizer, calls):
+        class Long(Corridor):
+            def __init__(self):
+                super().__init__(length=50)
+
+        rows = Dataset.from_dict({"environment": ["short", "long", "short", "long"]})
+        seen = []
+
+        def reward(episodes, environment, **kwargs):
+            seen.extend(
+                (e.prompt[-1]["content"].split()[-1], name) for e, name in zip(episodes, environment, strict=True)
+            )
+            return [0.0] * len(episodes)
+
+        factories = {"short": Recording, "long": Long}
+        make_trainer(tmp_path, tokenizer, factories, rows, {"reward_funcs": reward}).train()
+        assert set(seen) == {("3.", "short"), ("50.", "long")}
+
+
+class TestRewards:
+    def test_return_is_a_reward_besides_the_users(self, tmp_path, tokenizer):
+        def constant(episodes, **kwargs):
+            return [2.0] * len(episodes)
+
+        trainer = make_trainer(tmp_path, tokenizer, trainer_kwargs={"reward_funcs": [constant]}, reward_weights=[0.5])
+        trainer.train()
+        for entry in logs(trainer):
+            assert entry["rewards/constant/mean"] == 2.0
+            assert entry["reward"] == pytest.approx(1.0 + entry["rewards/episode_return/mean"])
+
+    def test_invalid_actions_are_counted_and_penalised(self, tmp_path, tokenizer):
+        trainer = make_trainer(
+            tmp_path, tokenizer, invalid_action_penalty=0.25, trainer_kwargs={"action_parser": lambda text: None}
+        )
+        trainer.train()
+        for entry in logs(trainer):
+            assert entry["episode/invalid_actions"] == 1.0
+            assert entry["episode/return"] == 0.0
+            assert entry["rewards/episode_return/mean"] == pytest.approx(-0.25 * entry["episode/turns"])
+
+
+class TestEvaluation:
+    def test_the_panel_is_the_same_each_time(self, tmp_path, tokenizer, calls):
+        trainer = make_trainer(
+            tmp_path,
+            tokenizer,
+            Recording,
+            trainer_kwargs={"eval_dataset": ROWS},
+            per_device_eval_batch_size=2,
+            num_generations_eval=1,
+        )
+        panels = []
+        for _ in range(2):
+            calls.clear()
+            metrics = trainer.evaluate()
+            panels.append([(seed, options["length"]) for seed, options in calls])
+            trainer.train()
+        assert panels[0] == panels[1]
+        assert len(set(panels[0])) == 4
+        assert "eval_episode/success_rate" in metrics
+
+    def test_every_row_counts_once(self, tmp_path, tokenizer):
+        # 5 rows in batches of 4 and 1: the mean is over episodes, not over batches.
+        rows = Dataset.from_dict({"length": [1, 90, 90, 90, 90]})
+        trainer = make_trainer(
+            tmp_path,
+            tokenizer,
+            trainer_kwargs={"eval_dataset": rows, "action_parser": lambda text: "r"},
+            per_device_eval_batch_size=4,
+            num_generations_eval=1,
+        )
+        assert trainer.evaluate()["eval_episode/success_rate"] == pytest.approx(0.2)
+
+
+class Crashing(Corridor):
+    """Every other instance crashes in its second step."""
+
+    made = 0
+
+    def __init__(self):
+        super().__init__()
+        Crashing.made += 1
+        self.crashes = Crashing.made % 2 == 0
+
+    def step(self, action):
+        answer = super().step(action)
+        if self.crashes and self.num_steps == 2:
+            raise RuntimeError("boom")
+        return answer
+
+
+class TestFaults:
+    def test_failed_episodes_are_masked_out_of_loss_and_baseline(self, tmp_path, tokenizer):
+        def reward(episodes, **kwargs):
+            return [1000.0 if episode.failed else float(len(episode.turns)) for episode in episodes]
+
+        trainer = make_trainer(tmp_path, tokenizer, Crashing, trainer_kwargs={"reward_funcs": reward})
+        trainer.model.train()
+        trainer.current_gradient_accumulation_steps = 1
+        inputs = trainer._prepare_inputs(next(iter(trainer.get_train_dataloader())))
+        failed = (inputs["turn_ids"] < 0).all(dim=1)
+        assert 0 < failed.sum() < 8
+        assert (inputs["advantages"][failed] == 0).all()
+        assert trainer._metrics["train"]["reward"][0] < 10  # the 1000s count nowhere
+        loss = trainer.compute_loss(trainer.model, inputs)
+        loss.backward()
+        assert torch.isfinite(loss)
+
+    def test_the_run_goes_on_and_counts_them(self, tmp_path, tokenizer):
+        trainer = make_trainer(tmp_path, tokenizer, Crashing)
+        trainer.train()
+        assert trainer.state.global_step == 2
+        assert any(0 < entry["episode/stop/failure"] < 1 for entry in logs(trainer))
+        assert torch.isfinite(weights(trainer)).all()
+
+    def test_when_all_fail_nothing_is_learned_and_nothing_breaks(self, tmp_path, tokenizer):
+        class Broken(Corridor):
+            def step(self, action):
+                raise RuntimeError("boom")
+
+        trainer = make_trainer(tmp_path, tokenizer, Broken, weight_decay=0.0)
+        before = weights(trainer)
+        trainer.train()
+        torch.testing.assert_close(weights(trainer), before)
+        assert all(entry["episode/stop/failure"] == 1.0 for entry in logs(trainer))
+        assert trainer.entropy_history.means == []
+
+
+class TestBadInput:
+    def test_environment_that_cannot_be_reset(self, tmp_path, tokenizer):
+        class Picky(Corridor):
+            def reset(self, *, seed=None, options=None):
+                raise KeyError("no such house")
+
+        with pytest.raises(ValueError, match="Picky could not be reset.*no such house.*check_env"):
+            make_trainer(tmp_path, tokenizer, Picky)
+
+    def test_environment_whose_observation_is_no_text(self, tmp_path, tokenizer):
+        class Grid(gymnasium.Env):
+            def reset(self, *, seed=None, options=None):
+                return [[0, 1]], {}
+
+        with pytest.raises(ValueError, match="must be a `str`"):
+            make_trainer(tmp_path, tokenizer, Grid)
+
+    def test_prompt_that_is_no_chat(self, tmp_path, tokenizer):
+        with pytest.raises(ValueError, match="'Go!'.*list of messages"):
+            make_trainer(tmp_path, tokenizer, dataset=Dataset.from_dict({"prompt": ["Go!"] * 4}))
+
+    def test_unknown_environment_name(self, tmp_path, tokenizer):
+        rows = Dataset.from_dict({"environment": ["maze"] * 4})
+        with pytest.raises(ValueError, match=r"'maze'.*\['corridor'\]"):
+            make_trainer(tmp_path, tokenizer, {"corridor": Corridor}, rows)
+        with pytest.raises(ValueError, match="environment.*None"):
+            make_trainer(tmp_path, tokenizer, {"corridor": Corridor}, ROWS)
+        with pytest.raises(ValueError, match="need a `train_dataset`"):
+            make_trainer(tmp_path, tokenizer, {"corridor": Corridor}, None)
+
+    def test_tools_and_rollout_func_do_not_go_with_text_episodes(self, tmp_path, tokenizer):
+        for kwargs, message in (({"tools": [print]}, "`tools`"), ({"rollout_func": print}, "`rollout_func`")):
+            with pytest.raises(ValueError, match=message):
+                make_trainer(tmp_path, tokenizer, trainer_kwargs=kwargs)
+
+    def test_mixed_kinds_of_environments(self, tmp_path, tokenizer):
+        class Tools:
+            def reset(self):
+                return ""
+
+        with pytest.raises(ValueError, match="mixes text environments and TRL tool environments"):
+            make_trainer(tmp_path, tokenizer, {"a": Corridor, "b": Tools}, Dataset.from_dict({"environment": ["a"]}))
+
+    def test_tokenizer_without_chat_template(self, tmp_path, tokenizer):
+        tokenizer.chat_template = None
+        try:
+            with pytest.raises(ValueError, match="no chat template"):
+                make_trainer(tmp_path, tokenizer)
+        finally:
+            tokenizer.chat_template = CHATML
+
+
+class TestWithTrl:
+    def test_peft_and_iterations(self, tmp_path, tokenizer):
+        from peft import LoraConfig
+
+        lora = LoraConfig(r=4, target_modules=["q_proj", "v_proj"], init_lora_weights=False)
+        trainer = make_trainer(
+            tmp_path, tokenizer, trainer_kwargs={"peft_config": lora}, num_iterations=2, max_steps=4, beta=0.1
+        )
+        trainer.train()
+        assert trainer.entropy_history.step == 1
+        assert all("kl" in entry for entry in trainer.state.log_history if "epo/entropy" in entry)
+
+    def test_gradient_checkpointing_bf16_and_saved_completions(self, tmp_path, tokenizer):
+        trainer = make_trainer(
+            tmp_path,
+            tokenizer,
+            bf16=True,
+            gradient_checkpointing=True,
+            log_completions=True,
+            num_completions_to_print=1,
+        )
+        trainer.train()
+        assert trainer.model.training
+        assert list((tmp_path / "completions").glob("*.parquet"))
+
+    def test_default_episode_length_is_the_context_window(self, tmp_path, tokenizer):
+        assert make_trainer(tmp_path, tokenizer).max_completion_length == 1024
+        assert make_trainer(tmp_path, tokenizer, max_completion_length=33).max_completion_length == 33
+
+    def test_saving_the_state_is_still_the_trainers(self, tmp_path, tokenizer):
+        trainer = make_trainer(tmp_path, tokenizer)
+        trainer.save_state()
+        assert (tmp_path / "trainer_state.json").exists()
