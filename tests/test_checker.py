@@ -1,0 +1,86 @@
+import gymnasium
+import pytest
+from conftest import Corridor
+
+from trl_epo import check_env
+from trl_epo.envs.household import Household
+
+
+@pytest.mark.parametrize("env", [Corridor(), Household()])
+def test_good_environments_pass(env):
+    assert check_env(env) is None
+
+
+def test_options_are_used():
+    with pytest.raises(ValueError, match="rooms"):
+        check_env(Household(), options={"rooms": 99})
+
+
+class Bad(Corridor):
+    def reset(self, *, seed=None, options=None):
+        return self.on_reset(*super().reset(seed=seed, options=options))
+
+    def step(self, action):
+        return self.on_step(*super().step(action))
+
+    def on_reset(self, *answer):
+        return answer
+
+    def on_step(self, *answer):
+        return answer
+
+
+def bad(**methods):
+    return type("Bad", (Bad,), {name: staticmethod(method) for name, method in methods.items()})()
+
+
+@pytest.mark.parametrize(
+    ("env", "message"),
+    [
+        (bad(on_reset=lambda obs, info: obs), r"`reset` returned 'You are.*must return `\(observation, info\)`"),
+        (bad(on_reset=lambda obs, info: (b"x", info)), r"observation b'x' \(bytes\), but it must be a `str`"),
+        (bad(on_reset=lambda obs, info: (" ", info)), "first observation is empty"),
+        (bad(on_step=lambda *a: a[:4]), "must return `.observation, reward, terminated, truncated, info.`"),
+        (bad(on_step=lambda o, r, *a: (o, float("inf"), *a)), "reward inf, but it must be finite"),
+        (bad(on_step=lambda o, *a: ("", *a)), "every reply must be a sentence"),
+        (bad(on_step=lambda *a: (*a[:4], {"success": "yes"})), "'yes', but must be a `bool`"),
+        (bad(on_step=lambda *a: (*a[:4], {"admissible_actions": [1]})), r"\[1\], but must be a list of `str`"),
+        (bad(on_step=lambda *a: 1 / 0), "raised ZeroDivisionError"),
+    ],
+)
+def test_each_fault_is_named(env, message):
+    with pytest.raises(ValueError, match="(?s)Bad is not a text environment yet:.*" + message):
+        check_env(env)
+
+
+def test_first_observation_must_follow_from_the_seed():
+    class Restless(Corridor):
+        count = 0
+
+        def reset(self, **kwargs):
+            Restless.count += 1
+            return f"Episode {Restless.count}.", {}
+
+        def step(self, action):
+            self.num_steps, self.place, self.door = 0, 0, 9
+            return super().step(action)
+
+    with pytest.raises(ValueError, match="another first observation the second time.*self.np_random"):
+        check_env(Restless())
+
+
+def test_several_faults_are_listed_at_once():
+    class Spaceless(Bad):
+        observation_space = gymnasium.spaces.Discrete(2)
+        action_space = None
+
+    with pytest.raises(ValueError) as error:
+        check_env(Spaceless())
+    assert str(error.value).count("\n- ") == 2
+
+
+def test_factories_and_other_things():
+    with pytest.raises(ValueError, match="Call it first"):
+        check_env(Corridor)
+    with pytest.raises(ValueError, match="must be a `gymnasium.Env`"):
+        check_env({})
