@@ -236,6 +236,10 @@ class TestFaults:
         assert episode_row(bad, placeholder_id=7).completion_ids == [7]
         assert episode_row(bad, placeholder_id=7).action_mask == [0]
 
+    def test_action_parser_that_raises(self, play):
+        (episode,) = play(Corridor, parser=lambda text: text.split("never")[1])
+        assert "IndexError" in episode.failure
+
     def test_all_fail(self, play):
         episodes = play(lambda: Faulty(crash, 0), num=2)
         assert all(episode.failed for episode in episodes)

@@ -265,6 +265,18 @@ class TestEvaluation:
         assert len(set(panels[0])) == 4
         assert "eval_episode/success_rate" in metrics
 
+    def test_several_eval_datasets_keep_their_own_metrics(self, tmp_path, tokenizer):
+        panels = {name: Dataset.from_dict({"length": [length] * 4}) for name, length in (("near", 1), ("far", 90))}
+        trainer = make_trainer(
+            tmp_path,
+            tokenizer,
+            trainer_kwargs={"eval_dataset": panels, "action_parser": lambda text: "r"},
+            per_device_eval_batch_size=4,
+        )
+        metrics = trainer.evaluate()
+        assert metrics["eval_near_episode/success_rate"] == metrics["eval_near_reward"] == 1.0
+        assert metrics["eval_far_episode/success_rate"] == metrics["eval_far_reward"] == 0.0
+
     def test_every_row_counts_once(self, tmp_path, tokenizer):
         # 5 rows in batches of 4 and 1: the mean is over episodes, not over batches.
         rows = Dataset.from_dict({"length": [1, 90, 90, 90, 90]})
@@ -366,6 +378,10 @@ class TestBadInput:
         for kwargs, message in (({"tools": [print]}, "`tools`"), ({"rollout_func": print}, "`rollout_func`")):
             with pytest.raises(ValueError, match=message):
                 make_trainer(tmp_path, tokenizer, trainer_kwargs=kwargs)
+
+    def test_generation_kwargs(self, tmp_path, tokenizer):
+        with pytest.raises(ValueError, match="num_beams.*temperature"):
+            make_trainer(tmp_path, tokenizer, generation_kwargs={"num_beams": 2})
 
     def test_mixed_kinds_of_environments(self, tmp_path, tokenizer):
         class Tools:

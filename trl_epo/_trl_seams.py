@@ -173,6 +173,13 @@ class SeamedGRPOTrainer(GRPOTrainer):
         """Add a value to a metric that the next log entry averages."""
         self._metrics[self.mode][name].append(value)
 
+    def label_eval_metrics(self, dataset_name: str) -> None:
+        """Name the metrics of an evaluation after its dataset, as Trainer does: TRL gives those of all one name."""
+        if dataset_name:
+            metrics = {f"{dataset_name}_{name}": values for name, values in self._metrics["eval"].items()}
+            self._metrics["eval"].clear()
+            self._metrics["eval"].update(metrics)
+
     @contextmanager
     def capture_entropies(self) -> Iterator[list[Tensor]]:
         """Collect the token entropies, with gradient, that the loss computes inside this context."""

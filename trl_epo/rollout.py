@@ -211,8 +211,8 @@ def _reset(episode: _Playing, pool: EnvironmentPool, chat: ChatEncoder, limits: 
 def _act(episode: _Playing, sample: Sample, chat: ChatEncoder, limits: Limits, action_parser: ActionParser) -> None:
     """Play the sampled turn: parse the action, step the environment, note the turn, prepare the next or stop."""
     text = chat.tokenizer.decode(sample.token_ids, skip_special_tokens=True)
-    action = action_parser(text)
     try:
+        action = action_parser(text)
         # No action is an empty one: the environment answers it in its own words.
         observation, reward, terminated, truncated, episode.info = check_step(episode.env.step(action or ""))
     except Exception as error:

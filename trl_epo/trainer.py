@@ -124,6 +124,7 @@ class EPOTrainer(SeamedGRPOTrainer):
         self._action_parser = action_parser
         self._summaries: dict[str, list[EpisodeSummary]] = {"train": [], "eval": []}
         self._num_eval_rows = 0
+        self._eval_prefix = "eval"
         self._episode_limits: Limits | None = None
 
         self._environments = make_environment_pool(environment_factory)
@@ -134,6 +135,11 @@ class EPOTrainer(SeamedGRPOTrainer):
                 raise ValueError(
                     "`tools` cannot be used with a text environment, whose actions are plain text. Make the "
                     "environment a TRL tool environment (methods instead of `step`), or leave `tools` out."
+                )
+            if args.generation_kwargs and not (args.use_vllm or args.use_transformers_continuous_batching):
+                raise ValueError(
+                    f"`generation_kwargs={args.generation_kwargs}` cannot be used with text episodes, which sample with "
+                    "a cache of their own. Use `temperature`, `top_p`, `top_k`, `min_p` and `repetition_penalty`."
                 )
             if train_dataset is None:
                 train_dataset = placeholder_dataset(args, self._environments)
@@ -234,9 +240,10 @@ class EPOTrainer(SeamedGRPOTrainer):
             starts.append(EpisodeStart(row.get("prompt") or [], seed, environment_options(row), name))
         return starts
 
-    def evaluation_loop(self, *args, **kwargs):
+    def evaluation_loop(self, *args, metric_key_prefix: str = "eval", **kwargs):
         self._num_eval_rows = 0
-        return super().evaluation_loop(*args, **kwargs)
+        self._eval_prefix = metric_key_prefix
+        return super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
 
     def extend_batch(self, batch: dict[str, Any]) -> dict[str, Any]:
         mask = action_mask(batch)
@@ -349,6 +356,8 @@ class EPOTrainer(SeamedGRPOTrainer):
         for name, value in episode_metrics(self._summaries[self.mode]).items():
             self.set_metric(name, value)
         self._summaries[self.mode].clear()
+        if self.mode == "eval":
+            self.label_eval_metrics(self._eval_prefix.removeprefix("eval").lstrip("_"))
         super().log(logs, start_time)
 
     def save_extras(self, checkpoint: str) -> None:

@@ -1,0 +1,195 @@
+"""
+Train an agent with EPO in a few minutes on a laptop: `make demo`, or
+
+    python examples/quickstart.py --output_dir runs/quickstart
+
+A small Llama is made on the spot with a tokenizer trained on the game's text. It imitates a scripted expert on training
+rows for a minute or two (the warm-up); then EPO trains it on episodes of up to 12 turns whose only reward is 1 at the
+goal. A panel of rows that were never trained on is played before and after.
+
+Every flag of EPOConfig works, and another environment or model:
+
+    python examples/quickstart.py --output_dir runs/sw --environment scienceworld --task lifespan-longest-lived
+    python examples/quickstart.py --output_dir runs/big --model HuggingFaceTB/SmolLM2-135M-Instruct --warm_up_episodes 0
+
+Left out for brevity: checkpoints during the run (--save_steps), wandb (--report_to wandb), LoRA (peft_config=…).
+"""
+
+import time
+from dataclasses import dataclass, field
+from functools import partial
+
+from datasets import Dataset
+from shared import Chat, expert_chats, household_expert, scienceworld_expert, train_between_panels, warm_up
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+    set_seed,
+)
+from trl import TrlParser
+
+from trl_epo import EPOConfig, EPOTrainer
+from trl_epo.envs import household, scienceworld
+
+
+@dataclass
+class QuickstartArguments:
+    environment: str = field(
+        default="household", metadata={"help": "Where to act.", "choices": ("household", "scienceworld")}
+    )
+    model: str | None = field(
+        default=None, metadata={"help": "A model on disk or the Hub; by default a small new one."}
+    )
+    rooms: int = field(default=2, metadata={"help": "Household: rooms of a house."})
+    task: str = field(default="lifespan-longest-lived", metadata={"help": "ScienceWorld: the task."})
+    warm_up_episodes: int = field(default=10000, metadata={"help": "Expert episodes to imitate, each once."})
+    warm_up_learning_rate: float = field(default=6e-3, metadata={"help": "Learning rate of the imitation."})
+    panel_size: int = field(default=200, metadata={"help": "Held-out rows to play before and after."})
+
+
+# What differs from EPOConfig's defaults: a model of half a million weights wants other settings than one of billions.
+DEMO_SETTINGS = {
+    "output_dir": "runs/quickstart",
+    "max_steps": 150,
+    "eval_strategy": "no",
+    "per_device_train_batch_size": 64,  # episodes per RL step …
+    "num_generations": 8,  # … in groups of eight
+    "per_device_eval_batch_size": 200,
+    "num_generations_eval": 1,
+    "max_turns": 12,
+    "max_turn_length": 12,
+    "learning_rate": 5e-4,
+    "lr_scheduler_type": "constant",
+    "adam_beta2": 0.95,
+    "max_grad_norm": 0.5,
+    "bf16": False,
+    "gradient_checkpointing": False,
+    "logging_steps": 2,
+    "save_strategy": "no",
+    "report_to": "none",
+}
+
+CHAT_TEMPLATE = (
+    "{% for message in messages %}{{ '<|' + message['role'] + '|>' + message['content'] + '<|end|>' }}{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
+SPECIAL_TOKENS = ["<|pad|>", "<|end|>", "<|system|>", "<|user|>", "<|assistant|>"]
+
+
+def make_tokenizer(chats: list[Chat]) -> PreTrainedTokenizerFast:
+    """A byte-level tokenizer trained on the environment's text."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=1024,
+        special_tokens=SPECIAL_TOKENS,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator((message["content"] for chat in chats for message in chat), trainer)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        eos_token="<|end|>",
+        pad_token="<|pad|>",
+        chat_template=CHAT_TEMPLATE,
+        padding_side="left",
+    )
+
+
+def make_model(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
+    """Two layers are enough to copy a name from a sentence, which is most of the game."""
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=128,
+        intermediate_size=384,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=4,
+        max_position_embeddings=2048,
+        tie_word_embeddings=True,
+        bos_token_id=None,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    return LlamaForCausalLM(config)
+
+
+def repeated(rows: Dataset, size: int) -> Dataset:
+    """The first `size` rows, from the beginning again if there are fewer."""
+    return rows.select([i % len(rows) for i in range(size)])
+
+
+def main() -> None:
+    parser = TrlParser((QuickstartArguments, EPOConfig))
+    parser.set_defaults(**DEMO_SETTINGS)
+    script, args = parser.parse_args_and_config()
+    set_seed(args.seed)
+    start = time.perf_counter()
+
+    # The environment: rows to train on, rows that are never trained on, and an expert.
+    if script.environment == "household":
+        knobs = {"rooms": script.rooms, "turns": args.max_turns}
+        factory, expert = household.Household, household_expert
+        warm_up_rows = household.tasks("train", script.warm_up_episodes, **knobs, seed=1)
+        train_rows = household.tasks("train", args.max_steps * 8, **knobs, seed=2)
+        panels = {split: household.tasks(split, script.panel_size, **knobs, seed=3) for split in ("iid", "ood")}
+        noise = 0.1
+    else:
+        factory, expert = partial(scienceworld.ScienceWorld, turns=args.max_turns), scienceworld_expert
+        train_rows = scienceworld.tasks("train", [script.task])
+        warm_up_rows = repeated(train_rows, script.warm_up_episodes)
+        panels = {split: scienceworld.tasks(split, [script.task]).shuffle(seed=3) for split in ("iid", "ood")}
+        panels = {split: rows.select(range(min(script.panel_size, len(rows)))) for split, rows in panels.items()}
+        noise = 0.0
+
+    # The policy: a given one, or a new one; then the warm-up.
+    env = factory()
+    chats = expert_chats(env, warm_up_rows, expert, noise=noise, seed=args.seed)
+    env.close()
+    if script.model is None:
+        tokenizer = make_tokenizer(chats)
+        model = make_model(tokenizer)
+    else:
+        tokenizer = AutoTokenizer.from_pretrained(script.model)
+        model = AutoModelForCausalLM.from_pretrained(script.model)
+    print(f"Policy: {model.num_parameters():,} weights. Warm-up on {len(chats)} expert episodes …", flush=True)
+    if chats:
+        model = warm_up(
+            model,
+            tokenizer,
+            chats,
+            output_dir=f"{args.output_dir}/warm_up",
+            per_device_train_batch_size=4,
+            num_train_epochs=1,
+            learning_rate=script.warm_up_learning_rate,
+            lr_scheduler_type="linear",
+            warmup_steps=50,
+            adam_beta2=0.98,
+            max_length=2048,
+            logging_steps=100,
+            use_cpu=args.use_cpu,
+            bf16=False,
+            gradient_checkpointing=False,
+            seed=args.seed,
+            disable_tqdm=args.disable_tqdm,
+        )
+
+    # EPO.
+    trainer = EPOTrainer(
+        model,
+        args=args,
+        train_dataset=train_rows,
+        eval_dataset=panels,
+        processing_class=tokenizer,
+        environment_factory=factory,
+    )
+    train_between_panels(trainer, script.environment, start)
+
+
+if __name__ == "__main__":
+    main()

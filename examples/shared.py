@@ -1,0 +1,153 @@
+"""
+What the examples share: imitation of an expert, so that reinforcement learning starts from a policy that sometimes
+succeeds; and a training run between two looks at held-out panels, with what it leaves behind.
+"""
+
+import json
+import random
+import resource
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+
+from datasets import Dataset
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProgressCallback
+from trl import SFTConfig, SFTTrainer
+
+from trl_epo import EPOTrainer
+from trl_epo.envs import TextEnv
+from trl_epo.plots import plot_training
+
+
+# A script's folder comes first on the path, where `examples/scienceworld.py` would hide the package of that name.
+sys.path[:] = [path for path in sys.path if Path(path).resolve() != Path(__file__).resolve().parent]
+
+Chat = list[dict[str, str]]
+# Given an environment that was just reset: a function that says the next action.
+Expert = Callable[[TextEnv], Callable[[], str]]
+
+
+def household_expert(env: TextEnv) -> Callable[[], str]:
+    """Plans anew before each action, from whatever state the environment is in."""
+    return env.expert_action
+
+
+def scienceworld_expert(env: TextEnv) -> Callable[[], str]:
+    """Plays ScienceWorld's own gold actions."""
+    actions: Iterator[str] = iter(env.expert_actions())
+    return lambda: next(actions)
+
+
+def expert_chats(
+    env: TextEnv, rows: Iterable[dict], expert: Expert, wrap: str = "{}", noise: float = 0.0, seed: int = 0
+) -> list[Chat]:
+    """
+    Let an expert play each row and write the episode down as a chat.
+
+    With `noise`, a fraction of the actions is drawn from the admissible ones instead (only for an expert that plans
+    anew): the chats then show how to go on after a mistake, which a policy that makes mistakes needs to know.
+    """
+    draw = random.Random(seed)
+    chats = []
+    for row in rows:
+        row = dict(row)
+        observation, info = env.reset(seed=row.pop("seed", seed), options=row)
+        next_action = expert(env)
+        chat: Chat = []
+        ended = False
+        while not ended:
+            if draw.random() < noise:
+                useful = [a for a in info["admissible_actions"] if a not in ("look", "inventory")]
+                action = draw.choice(useful or ["look"])
+            else:
+                action = next_action()
+            chat.append({"role": "user", "content": observation})
+            chat.append({"role": "assistant", "content": wrap.format(action)})
+            observation, _, terminated, truncated, info = env.step(action)
+            ended = terminated or truncated
+        chats.append(chat)
+    return chats
+
+
+def warm_up(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    chats: list[Chat],
+    peft_config=None,
+    **kwargs,
+) -> PreTrainedModel:
+    """Train `model` to write the assistant's messages of `chats`; `kwargs` are `SFTConfig`'s."""
+    trainer = SFTTrainer(
+        model,
+        args=SFTConfig(save_strategy="no", report_to="none", **kwargs),
+        train_dataset=Dataset.from_dict({"messages": chats}),
+        processing_class=tokenizer,
+        peft_config=peft_config,
+    )
+    trainer.train()
+    return trainer.model
+
+
+class SuccessBar(ProgressCallback):
+    """The usual progress bar, with the success rate behind it instead of fifty metrics on a line."""
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        if self.training_bar is not None and "episode/success_rate" in (logs or {}):
+            rate, entropy = float(logs["episode/success_rate"]), float(logs.get("epo/entropy", "nan"))
+            self.training_bar.set_postfix_str(f"success {rate:.0%}, entropy {entropy:.2f}")
+
+
+def train_between_panels(trainer: EPOTrainer, environment: str, start: float) -> dict:
+    """
+    Play the trainer's held-out panels, train, play them again; save the model, its card, curves and a summary.
+
+    `trainer.eval_dataset` is a dictionary of panels, of which "iid" gives the summary's headline. `start` is the
+    `time.perf_counter()` at which the script began.
+    """
+    panels, output_dir = trainer.eval_dataset, Path(trainer.args.output_dir)
+    if not trainer.args.disable_tqdm:
+        trainer.remove_callback(ProgressCallback)
+        trainer.add_callback(SuccessBar())
+
+    def play_panels() -> dict[str, float]:
+        metrics = trainer.evaluate()
+        return {name: metrics[f"eval_{name}_episode/success_rate"] for name in panels}
+
+    before = play_panels()
+    print(f"\nHeld-out success before EPO: {before}. Training …", flush=True)
+    trainer.train()
+    train_minutes = (time.perf_counter() - start) / 60
+    after = play_panels()
+
+    trainer.save_model()
+    trainer.create_model_card(model_name=output_dir.name)
+    trainer.save_state()
+    plot_training(trainer.state.log_history, output_dir / "training.png")
+    summary = {
+        "environment": environment,
+        "success_before": before["iid"],
+        "success_after": after["iid"],
+        "success_before_ood": before["ood"],
+        "success_after_ood": after["ood"],
+        "panel_size": len(panels["iid"]),
+        "panel_size_ood": len(panels["ood"]),
+        "train_minutes": round(train_minutes, 2),
+        "peak_memory_gb": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, 2),
+        "seed": trainer.args.seed,
+    }
+    (output_dir / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
+
+    print("\nSuccess on rows that were never trained on:")
+    for name, rows in panels.items():
+        print(f"  {name} ({len(rows)} rows): {before[name]:.1%} before, {after[name]:.1%} after EPO")
+    print(f"{train_minutes:.1f} minutes, {summary['peak_memory_gb']} GB at most. See")
+    weights = "adapter_model.safetensors" if hasattr(trainer.model, "peft_config") else "model.safetensors"
+    for name, what in (
+        (weights, "the model"),
+        ("README.md", "its card"),
+        ("training.png", "curves of success, return and entropy in its corridor"),
+        ("summary.json", "these figures"),
+    ):
+        print(f"  {output_dir / name}: {what}")
+    return summary
