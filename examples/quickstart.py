@@ -163,6 +163,7 @@ def main() -> None:
             model,
             tokenizer,
             chats,
+            learn_observations=script.model is None,
             output_dir=f"{args.output_dir}/warm_up",
             per_device_train_batch_size=4,
             num_train_epochs=1,

@@ -30,21 +30,21 @@ from trl_epo.envs.scienceworld import ScienceWorld, tasks
 class ScienceWorldArguments:
     model: str | None = field(default=None, metadata={"help": "A model on disk or the Hub; default: SmolLM2-135M."})
     task: str = field(default="lifespan-longest-lived", metadata={"help": "The task to train and test on."})
-    warm_up_epochs: float = field(default=4.0, metadata={"help": "Passes over the gold actions of train variations."})
-    warm_up_learning_rate: float = field(default=5e-4, metadata={"help": "Learning rate of the imitation."})
+    warm_up_epochs: float = field(default=5.0, metadata={"help": "Passes over the gold actions of train variations."})
+    warm_up_learning_rate: float = field(default=1e-3, metadata={"help": "Learning rate of the imitation."})
     lora_r: int = field(default=16, metadata={"help": "Rank of the LoRA matrices."})
 
 
 SETTINGS = {
     "output_dir": "runs/scienceworld",
-    "max_steps": 40,
-    "per_device_train_batch_size": 8,
-    "gradient_accumulation_steps": 4,  # 32 episodes per RL step …
-    "num_generations": 8,  # … four variations with eight episodes each
+    "max_steps": 30,
+    "per_device_train_batch_size": 8,  # episodes per RL step …
+    "num_generations": 8,  # … all of one variation
     "per_device_eval_batch_size": 32,
     "num_generations_eval": 1,
-    "max_turns": 10,
+    "max_turns": 8,
     "max_turn_length": 16,
+    "temperature": 0.7,
     "learning_rate": 1e-4,
     "lr_scheduler_type": "constant",
     "gradient_checkpointing": False,
@@ -95,7 +95,8 @@ def main() -> None:
         model,
         tokenizer,
         chats,
-        peft_config=LoraConfig(r=script.lora_r, lora_alpha=2 * script.lora_r, target_modules="all-linear"),
+        learn_observations=False,
+        peft_config=LoraConfig(r=script.lora_r, lora_alpha=2 * script.lora_r, target_modules=["q_proj", "v_proj"]),
         output_dir=f"{args.output_dir}/warm_up",
         num_train_epochs=script.warm_up_epochs,
         per_device_train_batch_size=4,

@@ -16,6 +16,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProgressCallb
 from trl import SFTConfig, SFTTrainer
 
 from trl_epo import EPOTrainer
+from trl_epo.chat import ChatEncoder
 from trl_epo.envs import TextEnv
 from trl_epo.plots import plot_training
 
@@ -34,9 +35,15 @@ def household_expert(env: TextEnv) -> Callable[[], str]:
 
 
 def scienceworld_expert(env: TextEnv) -> Callable[[], str]:
-    """Plays ScienceWorld's own gold actions."""
-    actions: Iterator[str] = iter(env.expert_actions())
-    return lambda: next(actions)
+    """
+    Plays ScienceWorld's own gold actions, and looks around before it focuses on something: the gold actions name things
+    that no observation has shown, which a policy could only guess.
+    """
+    actions = []
+    for action in env.expert_actions():
+        actions += ["look around", action] if action.startswith("focus on") else [action]
+    remaining: Iterator[str] = iter(actions)
+    return lambda: next(remaining)
 
 
 def expert_chats(
@@ -70,18 +77,44 @@ def expert_chats(
     return chats
 
 
+def tokenized(chat: Chat, encoder: ChatEncoder, learn_observations: bool) -> dict[str, list[int]]:
+    """A chat as the trainer will lay it out, with labels on the actions and, if asked for, on all else too."""
+    tokenizer = encoder.tokenizer
+
+    def labels(ids: list[int]) -> list[int]:
+        return ids if learn_observations else [-100] * len(ids)
+
+    ids = encoder.encode_prompt(chat[:1])
+    row = {"input_ids": list(ids), "labels": list(labels(ids))}
+    for message in chat[1:]:
+        if message["role"] == "assistant":
+            ids = [*tokenizer.encode(message["content"], add_special_tokens=False), tokenizer.eos_token_id]
+            row["labels"] += ids
+        else:
+            ids = encoder.encode_observation(message["content"], last_action_token=tokenizer.eos_token_id)
+            row["labels"] += labels(ids)
+        row["input_ids"] += ids
+    return row
+
+
 def warm_up(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     chats: list[Chat],
+    learn_observations: bool,
     peft_config=None,
     **kwargs,
 ) -> PreTrainedModel:
-    """Train `model` to write the assistant's messages of `chats`; `kwargs` are `SFTConfig`'s."""
+    """
+    Train `model` to write the assistant's messages of `chats`; `kwargs` are `SFTConfig`'s.
+
+    A new model learns to read from the observations (`learn_observations`); a pretrained one can read.
+    """
+    encoder = ChatEncoder(tokenizer, [tokenizer.eos_token_id])
     trainer = SFTTrainer(
         model,
         args=SFTConfig(save_strategy="no", report_to="none", **kwargs),
-        train_dataset=Dataset.from_dict({"messages": chats}),
+        train_dataset=Dataset.from_list([tokenized(chat, encoder, learn_observations) for chat in chats]),
         processing_class=tokenizer,
         peft_config=peft_config,
     )

@@ -468,7 +468,7 @@ def test_same_seed_same_episode():
 def test_an_episode_is_the_same_everywhere():
     observation, info = Household().reset(seed=0)
     assert observation == (
-        "Your task: put a clean spoon in the table. Attic. You see a closed cabinet, a sink. Exits: bedroom."
+        "Your task: put a pan in the crate. Kitchen. You see a rack with a fork and an apple. Exits: bathroom."
     )
     assert info == {
         "success": False,

@@ -41,19 +41,21 @@ if TYPE_CHECKING:
 
 # ---------------------------------------------------------------------------------------------------------- vocabulary
 
-ROOMS = ("attic", "bathroom", "bedroom", "cellar", "garage", "hallway", "kitchen", "lounge", "pantry", "study")
-SURFACES = ("bench", "counter", "desk", "ledge", "mat", "rack", "shelf", "sill", "stand", "stool", "table", "tray")
+# A house of n rooms takes its words from the beginning of each list, so that a small house needs few of them.
+ROOMS = ("kitchen", "study", "hallway", "cellar", "attic", "bathroom", "bedroom", "garage", "lounge", "pantry")
+SURFACES = ("table", "shelf", "desk", "counter", "bench", "ledge", "mat", "rack", "sill", "stand", "stool", "tray")
 CONTAINERS = (
-    *("box", "cabinet", "chest", "closet", "crate", "cupboard"),
-    *("drawer", "dresser", "fridge", "locker", "safe", "trunk", "vault", "wardrobe"),
+    *("box", "cabinet", "chest", "drawer", "fridge", "closet", "crate"),
+    *("cupboard", "dresser", "locker", "safe", "trunk", "vault", "wardrobe"),
 )
 RECEPTACLES = SURFACES + CONTAINERS
 KEYS = ("brass key", "iron key", "silver key")
 THINGS = {  # what can be done to each thing besides carrying it
-    **dict.fromkeys(("bowl", "cup", "fork", "knife", "mug", "pan", "plate", "spoon"), ("clean",)),
-    **dict.fromkeys(("apple", "carrot", "egg", "potato", "tomato"), ("clean", "heat")),
-    **dict.fromkeys(("bun", "pie", "pizza"), ("heat",)),
-    **dict.fromkeys(("book", "candle", "coin", "pen", "watch"), ()),
+    **{"cup": ("clean",), "apple": ("clean", "heat"), "book": (), "bowl": ("clean",)},
+    **{"bun": ("heat",), "carrot": ("clean", "heat"), "coin": (), "fork": ("clean",)},
+    **{"mug": ("clean",), "potato": ("clean", "heat"), "candle": (), "pie": ("heat",)},
+    **{"knife": ("clean",), "tomato": ("clean", "heat"), "pen": (), "pan": ("clean",)},
+    **{"pizza": ("heat",), "egg": ("clean", "heat"), "watch": (), "plate": ("clean",), "spoon": ("clean",)},
 }
 KINDS = ("put", "clean", "heat")
 APPLIANCES = {"clean": "sink", "heat": "stove"}
@@ -286,7 +288,7 @@ class _World:
 
 def _draw_house(rng: random.Random, rooms: int, ood: bool) -> tuple[dict[str, list[str]], dict[str, list[str]]] | None:
     """Draws exits (a tree of rooms and perhaps one more door) and furniture. `None` if the draw fails."""
-    names = rng.sample(ROOMS, rooms)
+    names = rng.sample(ROOMS[: 2 * rooms], rooms)
     doors: list[tuple[str, str]] = []
     for n, room in enumerate(names[1:], start=1):
         fitting = [other for other in names[:n] if ood or not _held_out(room, other)]
@@ -299,7 +301,8 @@ def _draw_house(rng: random.Random, rooms: int, ood: bool) -> tuple[dict[str, li
     exits = {room: [a if b == room else b for a, b in doors if room in (a, b)] for room in names}
 
     furniture: dict[str, list[str]] = {}
-    free = rng.sample(RECEPTACLES, len(RECEPTACLES))
+    free = [*SURFACES[: 2 * rooms + 1], *CONTAINERS[: 2 * rooms + 1]]
+    rng.shuffle(free)
     for room in names:
         furniture[room] = [item for item in free if ood or not _held_out(item, room)][: rng.randint(1, 3)]
         if not furniture[room]:
@@ -326,16 +329,18 @@ def _draw_world(rng: random.Random, rooms: int, chores: int, split: str) -> _Wor
         return None
     exits, furniture = house
     receptacles = [item for items in furniture.values() for item in items if item in RECEPTACLES]
+    things = list(THINGS)[: 4 * rooms]
 
     goal: list[Chore] = []
     for _ in range(chores):
         fitting = [chore for chore in CHORES_OF[ood, rng.choice(KINDS)] if chore.target in receptacles]
+        fitting = [chore for chore in fitting if chore.thing in things]
         fitting = [chore for chore in fitting if all(chore.thing != other.thing for other in goal)]
         if not fitting:
             return None
         goal.append(rng.choice(fitting))
     where = {chore.thing: rng.choice([item for item in receptacles if item != chore.target]) for chore in goal}
-    for thing in rng.sample([thing for thing in THINGS if thing not in where], rooms):
+    for thing in rng.sample([thing for thing in things if thing not in where], rooms):
         where[thing] = rng.choice(receptacles)
 
     keys = rng.sample(KEYS, chores)
