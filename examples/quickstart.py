@@ -20,7 +20,15 @@ from dataclasses import dataclass, field
 from functools import partial
 
 from datasets import Dataset
-from shared import Chat, expert_chats, household_expert, scienceworld_expert, train_between_panels, warm_up
+from shared import (
+    Chat,
+    TaskReminder,
+    expert_chats,
+    household_expert,
+    scienceworld_expert,
+    train_between_panels,
+    warm_up,
+)
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
     AutoModelForCausalLM,
@@ -46,7 +54,7 @@ class QuickstartArguments:
     )
     rooms: int = field(default=2, metadata={"help": "Household: rooms of a house."})
     task: str = field(default="lifespan-longest-lived", metadata={"help": "ScienceWorld: the task."})
-    warm_up_episodes: int = field(default=10000, metadata={"help": "Expert episodes to imitate, each once."})
+    warm_up_episodes: int = field(default=7000, metadata={"help": "Expert episodes to imitate, each once."})
     warm_up_learning_rate: float = field(default=6e-3, metadata={"help": "Learning rate of the imitation."})
     panel_size: int = field(default=200, metadata={"help": "Held-out rows to play before and after."})
 
@@ -119,6 +127,11 @@ def make_model(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
     return LlamaForCausalLM(config)
 
 
+def make_household() -> TaskReminder:
+    """The game, with the task repeated at the end of each observation."""
+    return TaskReminder(household.Household())
+
+
 def repeated(rows: Dataset, size: int) -> Dataset:
     """The first `size` rows, from the beginning again if there are fewer."""
     return rows.select([i % len(rows) for i in range(size)])
@@ -134,11 +147,11 @@ def main() -> None:
     # The environment: rows to train on, rows that are never trained on, and an expert.
     if script.environment == "household":
         knobs = {"rooms": script.rooms, "turns": args.max_turns}
-        factory, expert = household.Household, household_expert
+        factory, expert = make_household, household_expert
         warm_up_rows = household.tasks("train", script.warm_up_episodes, **knobs, seed=1)
         train_rows = household.tasks("train", args.max_steps * 8, **knobs, seed=2)
         panels = {split: household.tasks(split, script.panel_size, **knobs, seed=3) for split in ("iid", "ood")}
-        noise = 0.1
+        noise = 0.3  # imitated as well: the warm policy wanders, and EPO has to find out what leads to the goal
     else:
         factory, expert = partial(scienceworld.ScienceWorld, turns=args.max_turns), scienceworld_expert
         train_rows = scienceworld.tasks("train", [script.task])

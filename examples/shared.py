@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
+import gymnasium
 from datasets import Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProgressCallback
 from trl import SFTConfig, SFTTrainer
@@ -29,9 +30,22 @@ Chat = list[dict[str, str]]
 Expert = Callable[[TextEnv], Callable[[], str]]
 
 
+class TaskReminder(gymnasium.Wrapper):
+    """Ends every observation with the task, the first sentence of the first one; the paper's prompts repeat it too."""
+
+    def reset(self, *, seed=None, options=None):
+        observation, info = self.env.reset(seed=seed, options=options)
+        self.task, place = observation.split(". ", 1)
+        return f"{place} {self.task}.", info
+
+    def step(self, action):
+        observation, *rest = self.env.step(action)
+        return f"{observation} {self.task}.", *rest
+
+
 def household_expert(env: TextEnv) -> Callable[[], str]:
     """Plans anew before each action, from whatever state the environment is in."""
-    return env.expert_action
+    return env.unwrapped.expert_action
 
 
 def scienceworld_expert(env: TextEnv) -> Callable[[], str]:
@@ -40,7 +54,7 @@ def scienceworld_expert(env: TextEnv) -> Callable[[], str]:
     that no observation has shown, which a policy could only guess.
     """
     actions = []
-    for action in env.expert_actions():
+    for action in env.unwrapped.expert_actions():
         actions += ["look around", action] if action.startswith("focus on") else [action]
     remaining: Iterator[str] = iter(actions)
     return lambda: next(remaining)

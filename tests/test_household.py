@@ -473,8 +473,8 @@ def test_an_episode_is_the_same_everywhere():
     assert info == {
         "success": False,
         "invalid_action": False,
-        "admissible_actions": ["go to bedroom", "inventory", "look", "open cabinet"],
-        "task": "clean",
+        "admissible_actions": ["go to bathroom", "inventory", "look", "take apple", "take fork"],
+        "task": "put",
     }
 
 

@@ -51,11 +51,27 @@ CONTAINERS = (
 RECEPTACLES = SURFACES + CONTAINERS
 KEYS = ("brass key", "iron key", "silver key")
 THINGS = {  # what can be done to each thing besides carrying it
-    **{"cup": ("clean",), "apple": ("clean", "heat"), "book": (), "bowl": ("clean",)},
-    **{"bun": ("heat",), "carrot": ("clean", "heat"), "coin": (), "fork": ("clean",)},
-    **{"mug": ("clean",), "potato": ("clean", "heat"), "candle": (), "pie": ("heat",)},
-    **{"knife": ("clean",), "tomato": ("clean", "heat"), "pen": (), "pan": ("clean",)},
-    **{"pizza": ("heat",), "egg": ("clean", "heat"), "watch": (), "plate": ("clean",), "spoon": ("clean",)},
+    "cup": ("clean",),
+    "apple": ("clean", "heat"),
+    "book": (),
+    "bowl": ("clean",),
+    "bun": ("heat",),
+    "carrot": ("clean", "heat"),
+    "coin": (),
+    "fork": ("clean",),
+    "mug": ("clean",),
+    "potato": ("clean", "heat"),
+    "candle": (),
+    "pie": ("heat",),
+    "knife": ("clean",),
+    "tomato": ("clean", "heat"),
+    "pen": (),
+    "pan": ("clean",),
+    "pizza": ("heat",),
+    "egg": ("clean", "heat"),
+    "watch": (),
+    "plate": ("clean",),
+    "spoon": ("clean",),
 }
 KINDS = ("put", "clean", "heat")
 APPLIANCES = {"clean": "sink", "heat": "stove"}
