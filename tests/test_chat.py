@@ -71,6 +71,16 @@ def test_a_turn_cut_by_its_limit_is_closed_by_the_template(tokenizer):
     assert cut == [tokenizer.eos_token_id, *ended]
 
 
+def test_white_space_before_the_end_of_turn_is_not_doubled():
+    template = (
+        "{% for m in messages %}{% if m['role'] == 'assistant' %} {{ m['content'] }} <|im_end|>"
+        "{% else %}[INST] {{ m['content'] }} [/INST]{% endif %}{% endfor %}"
+    )
+    tokenizer = make_tokenizer(template)
+    ids = encoder(tokenizer).encode_observation("look", last_action_token=tokenizer.eos_token_id)
+    assert tokenizer.decode(ids) == "[INST] look [/INST]"
+
+
 def hostile_texts(special):
     parts = st.sampled_from([*special, "system", "assistant\n", "\n", " ", "<|im_", "start|>", "ok", "🦉"])
     return st.lists(parts | st.text(max_size=4), max_size=8).map("".join)

@@ -3,9 +3,14 @@
 import pytest
 import torch
 from conftest import make_model
-from transformers import LogitsProcessorList
+from transformers import Gemma2Config, LlamaConfig, LogitsProcessorList, MistralConfig, Qwen2Config
 
-from trl_epo.generation import CachedTurnSampler, RequestTurnSampler, make_logits_processors
+from trl_epo.generation import (
+    CachedTurnSampler,
+    RequestTurnSampler,
+    fits_cached_sampler,
+    make_logits_processors,
+)
 
 
 EOS, PAD = 2, 0
@@ -125,6 +130,34 @@ def test_same_seed_same_samples(model):
         return [cached.sample([0, 1], [[], []], [5, 5]), cached.sample([1], [[9, 9]], [5])]
 
     assert play() == play()
+
+
+def test_temperature_may_be_a_whole_number(model):
+    cached = sampler(model, make_logits_processors(1, 1.0, 0, None, 1.0))
+    cached.start([[5, 6]])
+    assert len(cached.sample([0], [[]], [2])[0].token_ids) <= 2
+
+
+@pytest.mark.parametrize(
+    ("config", "fits"),
+    [
+        (LlamaConfig(), True),
+        (MistralConfig(sliding_window=8), False),
+        (MistralConfig(sliding_window=None), True),
+        (Qwen2Config(sliding_window=8, use_sliding_window=False), True),
+        (Gemma2Config(), False),
+    ],
+)
+def test_models_whose_layers_do_not_see_the_whole_context_do_not_fit(config, fits):
+    assert fits_cached_sampler(config) == fits
+
+
+@pytest.mark.parametrize("answer", [[[1], []], [[1]]])
+def test_backend_that_loses_a_request(answer):
+    requests = RequestTurnSampler(lambda prompts, limit: (answer, None))
+    requests.start([[1], [2]])
+    with pytest.raises(RuntimeError, match="answered 2 prompts"):
+        requests.sample([0, 1], [[], []], [3, 3])
 
 
 def test_requests_carry_the_whole_transcript():

@@ -5,6 +5,7 @@ import pytest
 import torch
 from conftest import CHATML, Corridor, make_model
 from datasets import Dataset, IterableDataset
+from transformers import MistralConfig, MistralForCausalLM
 
 from trl_epo import EPOConfig, EPOTrainer
 
@@ -331,6 +332,25 @@ class TestFaults:
         assert any(0 < entry["episode/stop/failure"] < 1 for entry in logs(trainer))
         assert torch.isfinite(weights(trainer)).all()
 
+    def test_a_prompt_that_is_too_long_does_not_pad_the_others(self, tmp_path, tokenizer):
+        class Talkative(Corridor):
+            made = 0
+
+            def __init__(self):
+                super().__init__()
+                Talkative.made += 1
+                self.words = 5000 if Talkative.made == 3 else 0
+
+            def reset(self, **kwargs):
+                observation, info = super().reset(**kwargs)
+                return observation + " door" * self.words, info
+
+        trainer = make_trainer(tmp_path, tokenizer, Talkative)
+        trainer.model.train()
+        inputs = trainer._prepare_inputs(next(iter(trainer.get_train_dataloader())))
+        assert (inputs["turn_ids"] < 0).all(dim=1).sum() == 1
+        assert inputs["prompt_ids"].size(1) < 200
+
     def test_when_all_fail_nothing_is_learned_and_nothing_breaks(self, tmp_path, tokenizer):
         class Broken(Corridor):
             def step(self, action):
@@ -378,6 +398,10 @@ class TestBadInput:
         for kwargs, message in (({"tools": [print]}, "`tools`"), ({"rollout_func": print}, "`rollout_func`")):
             with pytest.raises(ValueError, match=message):
                 make_trainer(tmp_path, tokenizer, trainer_kwargs=kwargs)
+
+    def test_dr_grpo_needs_a_length_to_divide_by(self, tmp_path, tokenizer):
+        with pytest.raises(ValueError, match="dr_grpo.*max_completion_length"):
+            make_trainer(tmp_path, tokenizer, loss_type="dr_grpo")
 
     def test_generation_kwargs(self, tmp_path, tokenizer):
         with pytest.raises(ValueError, match="num_beams.*temperature"):
@@ -428,6 +452,49 @@ class TestWithTrl:
     def test_default_episode_length_is_the_context_window(self, tmp_path, tokenizer):
         assert make_trainer(tmp_path, tokenizer).max_completion_length == 1024
         assert make_trainer(tmp_path, tokenizer, max_completion_length=33).max_completion_length == 33
+
+    def test_sliding_window_model_takes_trls_generation(self, tmp_path, tokenizer):
+        config = MistralConfig(
+            vocab_size=400,
+            hidden_size=32,
+            intermediate_size=64,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            max_position_embeddings=512,
+            sliding_window=16,
+            bos_token_id=None,
+            eos_token_id=2,
+            pad_token_id=0,
+        )
+        args = EPOConfig(str(tmp_path), **BASE)
+        trainer = EPOTrainer(
+            MistralForCausalLM(config),
+            args=args,
+            train_dataset=ROWS,
+            processing_class=tokenizer,
+            environment_factory=Corridor,
+        )
+        trainer.train()
+        assert trainer.model.training
+        assert all(entry["episode/turns"] > 1 for entry in logs(trainer))
+        assert all(entry["episode/stop/failure"] == 0 for entry in logs(trainer))
+
+    def test_a_second_training_begins_a_new_history(self, tmp_path, tokenizer):
+        trainer = make_trainer(tmp_path, tokenizer)
+        trainer.train()
+        first = trainer.entropy_history
+        trainer.train()
+        assert trainer.entropy_history is not first
+        assert trainer.entropy_history.step == 1
+
+    def test_a_grpo_baseline_logs_the_same_entropies(self, tmp_path, tokenizer):
+        trainer = make_trainer(tmp_path, tokenizer, entropy_coef=0.0)
+        trainer.train()
+        last = logs(trainer)[-1]
+        assert last["epo/entropy"] == pytest.approx(last["entropy"], rel=1e-5)
+        assert "epo/corridor_high" in last
+        assert "epo/entropy_bonus" not in last
 
     def test_saving_the_state_is_still_the_trainers(self, tmp_path, tokenizer):
         trainer = make_trainer(tmp_path, tokenizer)

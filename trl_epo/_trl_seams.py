@@ -18,7 +18,13 @@ from trl import GRPOTrainer
 from trl.models import unwrap_model_for_generation
 from trl.trainer.utils import RepeatSampler
 
-from .generation import CachedTurnSampler, RequestTurnSampler, TurnSampler, make_logits_processors
+from .generation import (
+    CachedTurnSampler,
+    RequestTurnSampler,
+    TurnSampler,
+    fits_cached_sampler,
+    make_logits_processors,
+)
 
 
 # Name of each GRPOTrainer method that is overridden or called -> its parameters.
@@ -192,10 +198,14 @@ class SeamedGRPOTrainer(GRPOTrainer):
     @contextmanager
     def turn_sampler(self) -> Iterator[TurnSampler]:
         """A sampler over the current weights; the model is in evaluation mode meanwhile."""
-        if self.use_vllm or self.use_transformers_continuous_batching:
-            yield RequestTurnSampler(self._generate_request)
-            return
         was_training = self.model.training
+        if self.use_vllm or self.use_transformers_continuous_batching or not fits_cached_sampler(self.model.config):
+            self.model.eval()
+            try:
+                yield RequestTurnSampler(self._generate_request)
+            finally:
+                self.model.train(was_training)
+            return
         with (
             unwrap_model_for_generation(
                 self.model_wrapped,
@@ -242,6 +252,13 @@ class SeamedGRPOTrainer(GRPOTrainer):
             return self.extend_batch(super()._generate_and_score_completions(self.prepare_rows(inputs)))
         finally:
             self._played_batch = None
+
+    def _generate_single_turn(self, *args, **kwargs):
+        was_training = self.model.training
+        try:
+            return super()._generate_single_turn(*args, **kwargs)
+        finally:
+            self.model.train(was_training)  # TRL's continuous batching leaves it in training mode
 
     def _generate(self, prompts):
         outputs = list(super()._generate(prompts))

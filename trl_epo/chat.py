@@ -111,8 +111,9 @@ class ChatEncoder:
         return [numbers.get(part, part) for part in re.split(pattern, text) if part]
 
     def _first_added_token(self, text: str) -> str | None:
-        match = self._added_pattern.match(text) if self._added_pattern else None
-        return match.group() if match else None
+        """The added token at the beginning of `text`, with the white space before it."""
+        match = self._added_pattern.match(text.lstrip()) if self._added_pattern else None
+        return text[: len(text) - len(text.lstrip())] + match.group() if match else None
 
     def _encode(self, pieces: list[tuple[str, bool]]) -> list[int]:
         ids: list[int] = []

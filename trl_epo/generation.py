@@ -9,6 +9,7 @@ from transformers import (
     DynamicCache,
     LogitsProcessorList,
     MinPLogitsWarper,
+    PretrainedConfig,
     PreTrainedModel,
     RepetitionPenaltyLogitsProcessor,
     TemperatureLogitsWarper,
@@ -46,6 +47,18 @@ class TurnSampler(Protocol):
         """
 
 
+def fits_cached_sampler(config: PretrainedConfig) -> bool:
+    """
+    Whether [`CachedTurnSampler`] samples from such a model exactly: every layer must see the whole context. A sliding
+    window would count the holes that padding leaves in the cache; a state-space layer cannot skip them.
+    """
+    config = config.get_text_config()
+    layer_types = getattr(config, "layer_types", None)
+    if layer_types is not None:
+        return set(layer_types) <= {"full_attention"}
+    return getattr(config, "sliding_window", None) is None or not getattr(config, "use_sliding_window", True)
+
+
 def make_logits_processors(
     temperature: float, top_p: float, top_k: int, min_p: float | None, repetition_penalty: float
 ) -> LogitsProcessorList:
@@ -53,7 +66,8 @@ def make_logits_processors(
     processors = LogitsProcessorList()
     if repetition_penalty != 1.0:
         processors.append(RepetitionPenaltyLogitsProcessor(repetition_penalty))
-    processors.append(TemperatureLogitsWarper(temperature))
+    if temperature != 1.0:
+        processors.append(TemperatureLogitsWarper(float(temperature)))
     if top_k:
         processors.append(TopKLogitsWarper(top_k))
     if top_p < 1.0:
@@ -182,7 +196,7 @@ class CachedTurnSampler:
 class RequestTurnSampler:
     """
     Samples each turn as a request of its own, the whole transcript as the prompt: for vLLM, whose prefix cache makes
-    that cheap, and for transformers' continuous batching.
+    that cheap, for transformers' continuous batching, and for models that [`CachedTurnSampler`] does not fit.
 
     Args:
         generate (`Callable`): `(prompts, max_new_tokens) -> (token ids, log-probs or None)`, each a list by prompt.
@@ -202,6 +216,11 @@ class RequestTurnSampler:
         prompts = [list(self._transcripts[episode]) for episode in episodes]
         # One limit for the batch: a row that may take fewer tokens is cut to its own.
         token_ids, logprobs = self._generate(prompts, max(max_new_tokens))
+        if len(token_ids) != len(prompts) or not all(token_ids):
+            raise RuntimeError(
+                f"The generation backend answered {len(prompts)} prompts with {len(token_ids)} completions, of which "
+                f"{sum(not ids for ids in token_ids)} are empty; see its own log for the reason."
+            )
         samples = []
         for row, (episode, limit) in enumerate(zip(episodes, max_new_tokens, strict=True)):
             sampled = token_ids[row][:limit]

@@ -132,7 +132,7 @@ class _Playing:
     def fail(self, error: Exception) -> None:
         self.stop_reason = StopReason.FAILURE
         self.failure = "".join(traceback.format_exception(error))
-        logger.warning("An environment failed; its episode is left out of training:\n%s", self.failure)
+        logger.warning("An episode failed and is left out of training:\n%s", self.failure)
 
     def finish(self) -> Episode:
         success = self.info.get("success")

@@ -141,6 +141,21 @@ class EPOTrainer(SeamedGRPOTrainer):
                     f"`generation_kwargs={args.generation_kwargs}` cannot be used with text episodes, which sample with "
                     "a cache of their own. Use `temperature`, `top_p`, `top_k`, `min_p` and `repetition_penalty`."
                 )
+            if args.loss_type == "dr_grpo" and args.max_completion_length is None:
+                raise ValueError(
+                    "`loss_type='dr_grpo'` divides by `max_completion_length`, which is not set: give the longest "
+                    "episode in tokens, observations included."
+                )
+            if (
+                args.use_vllm
+                and args.world_size > 1
+                and (args.vllm_mode == "server" or args.vllm_tensor_parallel_size > 1)
+            ):
+                raise ValueError(
+                    "Text episodes on several processes cannot share a vLLM engine: TRL wants equally many requests from "
+                    "each, but episodes end at different turns. Use `vllm_mode='colocate'` with "
+                    "`vllm_tensor_parallel_size=1`."
+                )
             if train_dataset is None:
                 train_dataset = placeholder_dataset(args, self._environments)
             check_first_row(self._environments, train_dataset)
@@ -170,6 +185,10 @@ class EPOTrainer(SeamedGRPOTrainer):
             weakref.finalize(self, self._environments.close)
             self._prepare_text_episodes(own_reward)
 
+    def train(self, *args, **kwargs):
+        self.entropy_history = EntropyHistory()  # a resumed run loads its own
+        return super().train(*args, **kwargs)
+
     # Rollouts: Algorithm 1, "collect trajectories"
 
     def _prepare_text_episodes(self, own_reward: bool) -> None:
@@ -178,13 +197,14 @@ class EPOTrainer(SeamedGRPOTrainer):
         self.use_played_episodes()
         self._chat = ChatEncoder(self._tokenizer, self.eos_token_ids, self.chat_template, self.chat_template_kwargs)
         context_length = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
+        if self.args.use_vllm and self.args.vllm_max_model_length is not None:
+            context_length = min(context_length or math.inf, self.args.vllm_max_model_length)
         if self.args.max_completion_length is None:
-            budget = context_length or self.args.max_turns * 2 * self.args.max_turn_length
-            self.args.max_completion_length = self.max_completion_length = budget
+            self.max_completion_length = context_length or self.args.max_turns * 2 * self.args.max_turn_length
         self._episode_limits = Limits(
             max_turns=self.args.max_turns,
             max_turn_length=self.args.max_turn_length,
-            max_episode_length=self.args.max_completion_length,
+            max_episode_length=self.max_completion_length,
             context_length=context_length,
         )
 
@@ -203,10 +223,12 @@ class EPOTrainer(SeamedGRPOTrainer):
                 limits=self._episode_limits,
                 action_parser=self._action_parser,
             )
-        training_rows = [episode_row(episode, self._tokenizer.pad_token_id) for episode in episodes]
+        pad_id = self._tokenizer.pad_token_id
+        training_rows = [episode_row(episode, pad_id) for episode in episodes]
         logprobs = [row.logprobs for row in training_rows]
         self.set_played_batch(
-            prompt_ids=[list(episode.prompt_ids) for episode in episodes],
+            # A failed episode keeps its place in the batch, but not its prompt, which may be what failed.
+            prompt_ids=[[pad_id] if episode.failed else list(episode.prompt_ids) for episode in episodes],
             completion_ids=[row.completion_ids for row in training_rows],
             logprobs=None if None in logprobs else logprobs,
             action_mask=[row.action_mask for row in training_rows],
@@ -259,8 +281,6 @@ class EPOTrainer(SeamedGRPOTrainer):
     # Objective: Algorithm 1, "L_MT, L_H, H̄_W, L_smooth, β_k"
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        if not self.args.entropy_coef:
-            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         with self.capture_entropies() as captured:
             policy_loss = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         if len(captured) != 1:
@@ -268,6 +288,9 @@ class EPOTrainer(SeamedGRPOTrainer):
                 f"TRL computed token entropies {len(captured)} times in one loss instead of once. This version of TRL "
                 "does not fit trl_epo; install the version that setup.py names."
             )
+        self._note_entropies(captured[0].detach(), action_mask(inputs), inputs["turn_ids"])
+        if not self.args.entropy_coef:
+            return policy_loss
         return policy_loss + self._entropy_loss(captured[0], inputs, policy_loss.detach())
 
     def _entropy_loss(self, entropies: Tensor, inputs: dict[str, Any], policy_loss: Tensor) -> Tensor:
@@ -299,9 +322,8 @@ class EPOTrainer(SeamedGRPOTrainer):
                 entropies, reference, args.entropy_corridor_low, args.entropy_corridor_high, args.entropy_smoothing
             )
             smoothing = args.entropy_smoothing_coef * aggregate(penalty)
-        self._note_entropies(entropies.detach(), mask, turn_ids, reference)
         # A micro-batch holds its share of each part; logged are the parts of a whole optimizer step.
-        parts = torch.stack([policy_loss, bonus.detach(), smoothing.detach()]).double()
+        parts = torch.stack([policy_loss.to(bonus), bonus.detach(), smoothing.detach()])
         parts = self.accelerator.reduce(parts, reduction="mean") * accumulation
         for name, value in zip(("policy_loss", "entropy_bonus", "smoothing_loss"), parts.tolist(), strict=True):
             self.add_metric(f"epo/{name}", value)
@@ -316,8 +338,10 @@ class EPOTrainer(SeamedGRPOTrainer):
         total_steps = math.ceil(micro_steps / (self.args.steps_per_generation * self.num_iterations))
         return phase_weight(max(self.entropy_history.step, 0), max(total_steps, 1), self.args.entropy_smoothing_decay)
 
-    def _note_entropies(self, entropies: Tensor, mask: Tensor, turn_ids: Tensor, reference: float | None) -> None:
+    def _note_entropies(self, entropies: Tensor, mask: Tensor, turn_ids: Tensor) -> None:
         """Log the entropies of action tokens and, in training, enter them into the current RL step's history."""
+        reference = self.entropy_history.reference
+        dtype = torch.float32 if entropies.device.type == "mps" else torch.float64  # MPS has no float64
         action = mask.bool()
         num_turns = turn_ids.max(dim=1, keepdim=True).values + 1  # (B, 1)
         late = action & (2 * turn_ids >= num_turns) & (num_turns > 1)
@@ -328,9 +352,9 @@ class EPOTrainer(SeamedGRPOTrainer):
                 action & (entropies < self.args.entropy_corridor_low * reference),
                 action & (entropies > self.args.entropy_corridor_high * reference),
             ]
-        values = torch.where(action, entropies, 0.0).double()
+        values = torch.where(action, entropies, 0.0).to(dtype)
         sums = [(values * group).sum() for group in (action, early, late)]
-        counts = [group.sum().double() for group in (action, early, late, *outside)]
+        counts = [group.sum().to(dtype) for group in (action, early, late, *outside)]
         totals = self.accelerator.reduce(torch.stack([*sums, *counts]), reduction="sum").tolist()
         total, early_sum, late_sum, count, early_count, late_count, below, above = totals
         if self.mode == "train" and self.optimizer_micro_step < self.args.steps_per_generation:

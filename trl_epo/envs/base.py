@@ -28,7 +28,8 @@ class TextEnv(gymnasium.Env[str, str]):
     - `"success"` (`bool`): whether the goal is reached. The last step's value is the episode's success.
     - `"invalid_action"` (`bool`): the environment did not understand this action.
     - `"task"` (`str`): the kind of task, for success rates per task.
-    - `"admissible_actions"` (`list[str]`): what may be done now.
+
+    By convention `"admissible_actions"` (`list[str]`) holds what may be done now; the trainer does not read it.
     """
 
     observation_space = Text(max_length=MAX_OBSERVATION_LENGTH, min_length=0, charset=string.printable)
