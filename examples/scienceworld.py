@@ -30,7 +30,7 @@ from trl_epo.envs.scienceworld import ScienceWorld, tasks
 class ScienceWorldArguments:
     model: str | None = field(default=None, metadata={"help": "A model on disk or the Hub; default: SmolLM2-135M."})
     task: str = field(default="lifespan-longest-lived", metadata={"help": "The task to train and test on."})
-    warm_up_epochs: float = field(default=1.0, metadata={"help": "Passes over the gold actions of train variations."})
+    warm_up_epochs: float = field(default=2.0, metadata={"help": "Passes over the gold actions of train variations."})
     warm_up_learning_rate: float = field(default=1e-3, metadata={"help": "Learning rate of the imitation."})
     lora_r: int = field(default=16, metadata={"help": "Rank of the LoRA matrices."})
 
@@ -45,7 +45,7 @@ SETTINGS = {
     "max_turns": 8,
     "max_turn_length": 16,
     "temperature": 0.7,
-    "learning_rate": 1e-4,
+    "learning_rate": 3e-4,
     "lr_scheduler_type": "constant",
     "gradient_checkpointing": False,
     "logging_steps": 1,

@@ -496,6 +496,14 @@ class TestWithTrl:
         assert "epo/corridor_high" in last
         assert "epo/entropy_bonus" not in last
 
+    def test_model_card_tells_how_the_agent_did(self, tmp_path, tokenizer):
+        trainer = make_trainer(tmp_path, tokenizer)
+        trainer.train()
+        trainer.create_model_card(model_name="walker")
+        card = (tmp_path / "README.md").read_text()
+        rate = logs(trainer)[-1]["episode/success_rate"]
+        assert f"| `episode/success_rate` | 2 | {rate:.3f} |" in card
+
     def test_saving_the_state_is_still_the_trainers(self, tmp_path, tokenizer):
         trainer = make_trainer(tmp_path, tokenizer)
         trainer.save_state()

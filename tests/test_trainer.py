@@ -308,6 +308,8 @@ class TestCheckpoints:
         assert "EPO" in card
         assert "2509.22576" in card
         assert "- epo" in card
+        assert "| κ_r | `entropy_corridor_high` | 2.0 |" in card
+        assert "[None]" not in card
 
 
 def test_same_seed_same_result(tmp_path, tokenizer):

@@ -7,6 +7,7 @@ import os
 import textwrap
 import weakref
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import gymnasium
@@ -24,6 +25,7 @@ from .envs.base import check_reset
 from .episode import Episode, episode_row
 from .history import EntropyHistory
 from .metrics import EpisodeSummary, episode_metrics
+from .model_card import complete_model_card
 from .objective import (
     phase_weight,
     smoothing_penalty,
@@ -383,6 +385,11 @@ class EPOTrainer(SeamedGRPOTrainer):
         if self.mode == "eval":
             self.label_eval_metrics(self._eval_prefix.removeprefix("eval").lstrip("_"))
         super().log(logs, start_time)
+
+    def create_model_card(self, model_name=None, dataset_name=None, tags=None) -> None:
+        super().create_model_card(model_name, dataset_name, tags)
+        if self.is_world_process_zero():
+            complete_model_card(Path(self.args.output_dir) / "README.md", self.args, self.state.log_history)
 
     def save_extras(self, checkpoint: str) -> None:
         with open(os.path.join(checkpoint, HISTORY_FILE), "w") as file:
