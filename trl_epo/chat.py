@@ -51,6 +51,7 @@ class ChatEncoder:
         # Runs of white space that some vocabularies add are ordinary text.
         added = {t.content: i for i, t in tokenizer.added_tokens_decoder.items() if t.content.strip()}
         self._added_ids = added
+        self._forbidden = frozenset(added.values())  # what plain text must never become
         longest_first = sorted(added, key=len, reverse=True)
         self._added_pattern = re.compile("(" + "|".join(map(re.escape, longest_first)) + ")") if added else None
         # The same tokenizer, ignorant of the added tokens.
@@ -134,7 +135,7 @@ class ChatEncoder:
     def _encode_plain(self, text: str) -> list[int]:
         text = text.encode("utf-8", "replace").decode("utf-8")  # lone surrogates cannot be tokenised
         ids = self._plain_tokenizer.encode(text, add_special_tokens=False).ids if text else []
-        forbidden = set(self._added_ids.values())
-        if forbidden.intersection(ids):  # a vocabulary that holds its special tokens as words
-            ids = [i for character in text for i in self._plain_tokenizer.encode(character).ids if i not in forbidden]
+        if self._forbidden.intersection(ids):  # a vocabulary that holds its special tokens as words
+            characters = (self._plain_tokenizer.encode(character).ids for character in text)
+            ids = [i for character_ids in characters for i in character_ids if i not in self._forbidden]
         return ids
