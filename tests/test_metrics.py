@@ -4,15 +4,15 @@ from trl_epo.episode import StopReason
 from trl_epo.metrics import EpisodeSummary, episode_metrics
 
 
-def summary(success=None, task=None, episode_return=0.0, num_turns=1, invalid=0, stop=StopReason.TERMINATED):
-    return EpisodeSummary(task, success, episode_return, num_turns, invalid, stop)
+def summary(success=None, task=None, episode_return=0.0, num_turns=1, invalid=0, stop=StopReason.TERMINATED, late=0):
+    return EpisodeSummary(task, success, episode_return, num_turns, invalid, late, stop)
 
 
 def test_hand_worked():
     metrics = episode_metrics(
         [
             summary(True, "heat", 1.0, 4, 1),
-            summary(False, "heat", 0.0, 10, 3, StopReason.TRUNCATED),
+            summary(False, "heat", 0.0, 10, 3, StopReason.TRUNCATED, late=2),
             summary(True, "clean", 1.0, 6, 0),
             summary(None, None, 0.5, 5, 1, StopReason.MAX_TURNS),
             summary(True, "clean", 9.0, 90, 90, StopReason.FAILURE),
@@ -25,6 +25,7 @@ def test_hand_worked():
         "episode/return": 2.5 / 4,
         "episode/turns": 25 / 4,
         "episode/invalid_actions": 5 / 25,
+        "episode/late_answers": 2 / 4,
         "episode/stop/terminated": 0.4,
         "episode/stop/truncated": 0.2,
         "episode/stop/max_turns": 0.2,

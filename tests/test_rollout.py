@@ -1,5 +1,8 @@
 """Episodes: their turns, their ends, and what a fault costs. Environments are real; only the policy is scripted."""
 
+import threading
+import time
+
 import gymnasium
 import pytest
 from conftest import Corridor
@@ -7,39 +10,61 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from trl_epo.chat import ChatEncoder
+from trl_epo.environment_pool import EnvironmentPool
 from trl_epo.envs import TextEnv
 from trl_epo.episode import StopReason, episode_row
 from trl_epo.generation import Sample
-from trl_epo.rollout import EnvironmentPool, EpisodeStart, Limits, add_observation, parse_action, play_episodes
+from trl_epo.rollout import EpisodeStart, Limits, add_observation, parse_action, play_episodes
 
 
 class ScriptedSampler:
     """Says the same texts in each episode, one per turn; as many tokens as the limit lets through."""
 
+    wants_turns = True
+
     def __init__(self, tokenizer, texts):
         self.tokenizer, self.texts = tokenizer, texts
-        self.limits = []
+        self.num_turns = {}
+        self.asked = {}
+        self.batches = []  # the episodes of each `advance`
+        self.dropped = []
 
-    def start(self, prompts):
-        self.turns = [0] * len(prompts)
+    @property
+    def is_busy(self):
+        return bool(self.asked)
 
-    def sample(self, episodes, new_ids, max_new_tokens):
-        samples = []
-        self.limits.append(list(max_new_tokens))
-        for episode, limit in zip(episodes, max_new_tokens, strict=True):
-            text = self.texts[self.turns[episode] % len(self.texts)]
-            self.turns[episode] += 1
+    def add(self, episode, new_ids, max_new_tokens):
+        self.asked[episode] = max_new_tokens
+
+    def drop(self, episode):
+        self.dropped.append(episode)
+
+    def advance(self):
+        asked, self.asked = self.asked, {}
+        self.batches.append(list(asked))
+        finished = []
+        for episode, limit in asked.items():
+            turn = self.num_turns[episode] = self.num_turns.get(episode, -1) + 1
+            text = self.texts[turn % len(self.texts)]
             ids = [*self.tokenizer.encode(text, add_special_tokens=False), self.tokenizer.eos_token_id][:limit]
-            samples.append(Sample(ids, [-0.5] * len(ids)))
-        return samples
+            finished.append((episode, Sample(ids, [-0.5] * len(ids))))
+        return finished
 
 
 @pytest.fixture
-def play(tokenizer):
-    def play(factory, texts=("right",), num=1, parser=parse_action, prompt=(), options=None, **limits):
+def samplers():
+    """The samplers that `play` has used."""
+    return []
+
+
+@pytest.fixture
+def play(tokenizer, samplers):
+    def play(factory, texts=("right",), num=1, parser=parse_action, prompt=(), options=None, names=None, **limits):
         limits = {"max_turns": 10, "max_turn_length": 20, "max_episode_length": 500, **limits}
-        starts = [EpisodeStart(list(prompt), seed=5, options=options or {})] * num
+        names = names or [None] * num
+        starts = [EpisodeStart(list(prompt), seed=5, options=options or {}, environment=name) for name in names]
         sampler = ScriptedSampler(tokenizer, texts)
+        samplers.append(sampler)
         pool = EnvironmentPool(factory)
         chat = ChatEncoder(tokenizer, [tokenizer.eos_token_id])
         return play_episodes(starts, pool, chat, sampler, Limits(**limits), parser)
@@ -173,11 +198,9 @@ def test_options_reach_reset(play):
 class Faulty(Corridor):
     """Does something wrong, at a given step (0: in `reset`)."""
 
-    num_closed = 0
-
-    def __init__(self, fault, at):
+    def __init__(self, fault, at, closed=None):
         super().__init__()
-        self.fault, self.at = fault, at
+        self.fault, self.at, self.closed = fault, at, closed or threading.Event()
 
     def reset(self, **kwargs):
         answer = super().reset(**kwargs)
@@ -188,7 +211,7 @@ class Faulty(Corridor):
         return self.fault(*answer) if self.num_steps == self.at else answer
 
     def close(self):
-        Faulty.num_closed += 1
+        self.closed.set()
         raise OSError("close failed as well")
 
 
@@ -220,17 +243,12 @@ class TestFaults:
         self.check(play, fault, message, at=2)
 
     def check(self, play, fault, message, at):
-        made = []
-
-        def factory():
-            made.append(Faulty(fault, at) if len(made) == 1 else Corridor(turns=4))
-            return made[-1]
-
-        closed = Faulty.num_closed
-        good, bad, other = play(factory, num=3, parser=lambda text: "x")
+        closed = threading.Event()
+        factories = {"good": lambda: Corridor(turns=4), "bad": lambda: Faulty(fault, at, closed)}
+        good, bad, other = play(factories, names=["good", "bad", "good"], parser=lambda text: "x")
         assert bad.failed
         assert message in bad.failure.replace("\n", " ") or pytest.fail(bad.failure)
-        assert Faulty.num_closed == closed + 1
+        assert closed.wait(timeout=10)
         assert (good.failed, other.failed) == (False, False)
         assert len(good.turns) == len(other.turns) == 4
         assert episode_row(bad, placeholder_id=7).completion_ids == [7]
@@ -250,6 +268,78 @@ class TestFaults:
 
         (episode,) = play(factory)
         assert "no more processes" in episode.failure
+
+
+class Slow(Corridor):
+    """Takes its time for a step."""
+
+    def __init__(self, seconds, turns):
+        super().__init__(length=99, turns=turns)
+        self.seconds = seconds
+
+    def step(self, action):
+        time.sleep(self.seconds)
+        return super().step(action)
+
+
+class TestConcurrency:
+    def test_steps_of_a_turn_run_side_by_side(self, play):
+        begin = time.monotonic()
+        episodes = play(lambda: Slow(0.2, turns=2), num=16)
+        took = time.monotonic() - begin
+        assert [len(episode.turns) for episode in episodes] == [2] * 16
+        assert took < 16 * 2 * 0.2 / 2  # one after another they sleep 6.4 seconds
+
+    def test_each_environment_sees_one_thread(self, play):
+        class OneThread(Corridor):
+            def __init__(self):
+                super().__init__(length=99, turns=5)
+                self.seen = {threading.get_ident()}
+
+            def reset(self, **kwargs):
+                self.seen.add(threading.get_ident())
+                return super().reset(**kwargs)
+
+            def step(self, action):
+                self.seen.add(threading.get_ident())
+                observation, *rest, info = super().step(action)
+                return observation, *rest, {**info, "success": len(self.seen) == 1}
+
+        assert all(episode.success for episode in play(OneThread, num=8))
+
+    def test_generation_goes_on_without_a_slow_environment(self, play, tokenizer):
+        factories = {"fast": lambda: Corridor(length=99, turns=9), "slow": lambda: Slow(0.6, turns=2)}
+        names = ["fast", "slow", "fast"]
+        begin = time.monotonic()
+        fast, slow, _ = episodes = play(factories, names=names, patience=0.05)
+        assert [len(episode.turns) for episode in episodes] == [9, 2, 9]
+        assert time.monotonic() - begin < 2.5
+        assert slow.num_late_answers == 1  # at its second answer nobody else is left to go on with
+        assert fast.num_late_answers == 0
+
+    def test_an_answer_is_waited_for_as_long_as_patience_lasts(self, play, samplers):
+        play(
+            {"fast": lambda: Corridor(length=99, turns=3), "slow": lambda: Slow(0.1, turns=3)}, names=["fast", "slow"]
+        )
+        assert samplers[-1].batches == [[0, 1]] * 3
+
+    def test_no_more_environments_than_concurrent_episodes(self, play, samplers):
+        made = []
+
+        def factory():
+            made.append(1)
+            return Corridor(length=99, turns=3)
+
+        episodes = play(factory, num=7, max_concurrent_episodes=3)
+        assert [len(episode.turns) for episode in episodes] == [3] * 7
+        assert len(made) == 3
+        assert all(len(batch) <= 3 for batch in samplers[-1].batches)
+        assert sorted(samplers[-1].dropped) == list(range(7))
+
+    def test_a_place_that_falls_free_is_taken_at_once(self, play, samplers):
+        factories = {"short": lambda: Corridor(length=99, turns=1), "long": lambda: Corridor(length=99, turns=3)}
+        play(factories, names=["short", "long", "short", "short"], max_concurrent_episodes=2)
+        assert samplers[-1].batches == [[0, 1], [1, 2], [1, 3]]
 
 
 def test_pool_reuses_environments_and_replaces_failed_ones():

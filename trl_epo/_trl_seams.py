@@ -11,9 +11,10 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from accelerate.utils import gather
+from accelerate.utils import gather, is_peft_model
 from torch import Tensor
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+from transformers.utils import logging
 from trl import GRPOTrainer
 from trl.models import unwrap_model_for_generation
 from trl.trainer.utils import RepeatSampler
@@ -22,10 +23,12 @@ from .generation import (
     CachedTurnSampler,
     RequestTurnSampler,
     TurnSampler,
-    fits_cached_sampler,
     make_logits_processors,
+    unfit_for_cached_sampler,
 )
 
+
+logger = logging.get_logger(__name__)
 
 # Name of each GRPOTrainer method that is overridden or called -> its parameters.
 SIGNATURES = {
@@ -66,6 +69,8 @@ SIGNATURES = {
     "compute_loss": ("self", "model", "inputs", "return_outputs", "num_items_in_batch"),
     "log": ("self", "logs", "start_time"),
 }
+# Arguments of GRPOConfig that GRPOTrainer keeps as attributes and that make up the sampling distribution.
+SAMPLING_SETTINGS = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
 # Attributes that GRPOTrainer.__init__ sets and this module reads or sets.
 ATTRIBUTES = (
     "_entropy_bonus_enabled",
@@ -199,7 +204,11 @@ class SeamedGRPOTrainer(GRPOTrainer):
     def turn_sampler(self) -> Iterator[TurnSampler]:
         """A sampler over the current weights; the model is in evaluation mode meanwhile."""
         was_training = self.model.training
-        if self.use_vllm or self.use_transformers_continuous_batching or not fits_cached_sampler(self.model.config):
+        model = self.accelerator.unwrap_model(self.model)
+        unfit = unfit_for_cached_sampler(model.get_base_model() if is_peft_model(model) else model)
+        if self.use_vllm or self.use_transformers_continuous_batching or unfit:
+            if unfit:
+                logger.warning_once(f"Each turn of a text episode reads its whole transcript again: {unfit}.")
             self.model.eval()
             try:
                 yield RequestTurnSampler(self._generate_request)
@@ -214,17 +223,17 @@ class SeamedGRPOTrainer(GRPOTrainer):
                 gradient_checkpointing_kwargs=self.args.gradient_checkpointing_kwargs,
             ) as model,
             self._dist.summon_full_params(self.model_wrapped, recurse=False),
+            self.accelerator.autocast(),  # around all forwards, so that it casts each weight once
         ):
             model.eval()
+            settings = {name: getattr(self, name) for name in SAMPLING_SETTINGS} | (self.args.generation_kwargs or {})
             try:
                 yield CachedTurnSampler(
                     model,
                     eos_token_ids=self.eos_token_ids,
                     pad_token_id=self._tokenizer.pad_token_id,
-                    temperature=self.temperature,
-                    processors=make_logits_processors(
-                        self.temperature, self.top_p, self.top_k, self.min_p, self.repetition_penalty
-                    ),
+                    temperature=settings["temperature"],
+                    processors=make_logits_processors(self.accelerator.device, **settings),
                 )
             finally:
                 model.train(was_training)

@@ -57,6 +57,14 @@ class EPOConfig(GRPOConfig):
         max_completion_length (`int`, *optional*):
             Longest episode after its first prompt, in tokens, observations included. `None`: the rest of the model's
             context window for text episodes, and TRL's 512 without a text environment.
+        max_concurrent_episodes (`int`, *optional*):
+            Text episodes that a process plays at once; the others of a generation batch follow as these end. Bounds
+            the number of environments and the key/value cache, which holds this many episodes of the longest length
+            at most. `None`: the whole generation batch. (vLLM and continuous batching bound their cache themselves.)
+        environment_patience (`float`, *optional*, defaults to `1.0`):
+            How long generation waits for an environment to answer before it goes on with the other episodes, in
+            seconds. What is sampled together, and so every result, is the same from run to run as long as all answers
+            come in that time (`episode/late_answers` counts the others); `float("inf")` waits for each.
         invalid_action_penalty (`float`, *optional*, defaults to `0.0`):
             Subtracted from an episode's reward for each invalid action, in units of reward (paper: 0.1).
     """
@@ -120,6 +128,17 @@ class EPOConfig(GRPOConfig):
             "model's context window for text episodes, 512 without a text environment."
         },
     )
+    max_concurrent_episodes: int | None = field(
+        default=None,
+        metadata={"help": "Text episodes that a process plays at once. None: the whole generation batch."},
+    )
+    environment_patience: float = field(
+        default=1.0,
+        metadata={
+            "help": "How long generation waits for an environment before it goes on with other episodes, in seconds. "
+            "Results are the same from run to run as long as all answers come in that time."
+        },
+    )
     invalid_action_penalty: float = field(
         default=0.0,
         metadata={"help": "Subtracted from an episode's reward for each invalid action."},
@@ -168,6 +187,13 @@ class EPOConfig(GRPOConfig):
             value = getattr(self, name)
             if not isinstance(value, int) or value < 1:
                 raise ValueError(f"`{name}` is {value!r}, but must be a whole number of at least 1.")
+        if self.max_concurrent_episodes is not None and self.max_concurrent_episodes < 1:
+            raise ValueError(
+                f"`max_concurrent_episodes` is {self.max_concurrent_episodes}, but must be at least 1, or `None` for "
+                "the whole generation batch."
+            )
+        if not self.environment_patience >= 0:
+            raise ValueError(f"`environment_patience` is {self.environment_patience}, but must be at least 0 seconds.")
         if self.max_completion_length is not None and self.max_completion_length < 1:
             raise ValueError(
                 f"`max_completion_length` is {self.max_completion_length}, but must be at least 1 token, or `None` "

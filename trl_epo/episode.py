@@ -57,6 +57,7 @@ class Episode:
         task (`str` or `None`): The kind of task, for metrics.
         options (`dict`): The dataset row the environment was reset with.
         seed (`int`): The seed it was reset with.
+        num_late_answers (`int`): How often generation went on without the environment's answer.
         failure (`str` or `None`): The error, if `stop_reason` is a failure.
     """
 
@@ -68,6 +69,7 @@ class Episode:
     task: str | None = None
     options: dict[str, Any] = field(default_factory=dict)
     seed: int = 0
+    num_late_answers: int = 0
     failure: str | None = None
 
     @property

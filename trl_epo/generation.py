@@ -1,21 +1,60 @@
 """How a turn's tokens are sampled: with the key/value cache kept across turns, or by TRL's own generation."""
 
+import inspect
 from collections.abc import Callable, Sequence
-from typing import NamedTuple, Protocol
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 from transformers import (
-    DynamicCache,
+    EpsilonLogitsWarper,
+    EtaLogitsWarper,
     LogitsProcessorList,
     MinPLogitsWarper,
-    PretrainedConfig,
+    NoBadWordsLogitsProcessor,
+    NoRepeatNGramLogitsProcessor,
     PreTrainedModel,
     RepetitionPenaltyLogitsProcessor,
+    SuppressTokensLogitsProcessor,
     TemperatureLogitsWarper,
     TopKLogitsWarper,
     TopPLogitsWarper,
+    TypicalLogitsWarper,
 )
+
+from .batching import length_groups
+from .kv_cache import EpisodeCache
+
+
+# Keys of `generation_kwargs` that text episodes honour, in the order in which they act.
+PROCESSORS = {
+    "repetition_penalty": RepetitionPenaltyLogitsProcessor,
+    "no_repeat_ngram_size": NoRepeatNGramLogitsProcessor,
+    "bad_words_ids": NoBadWordsLogitsProcessor,
+    "suppress_tokens": SuppressTokensLogitsProcessor,
+    "temperature": TemperatureLogitsWarper,
+    "top_k": TopKLogitsWarper,
+    "top_p": TopPLogitsWarper,
+    "min_p": MinPLogitsWarper,
+    "typical_p": TypicalLogitsWarper,
+    "epsilon_cutoff": EpsilonLogitsWarper,
+    "eta_cutoff": EtaLogitsWarper,
+}
+NEUTRAL = {
+    "repetition_penalty": 1.0,
+    "no_repeat_ngram_size": 0,
+    "temperature": 1.0,
+    "top_k": 0,
+    "top_p": 1.0,
+    "typical_p": 1.0,
+    "epsilon_cutoff": 0.0,
+    "eta_cutoff": 0.0,
+}
+READS_HISTORY = (RepetitionPenaltyLogitsProcessor, NoRepeatNGramLogitsProcessor, NoBadWordsLogitsProcessor)
+
+FORWARD_OVERHEAD = 128  # a forward of its own costs about as much as this many padded tokens in a shared one
+MAX_FORWARD_TOKENS = 16_384  # in one forward, padding included; bounds the memory of long prompts
 
 
 class Sample(NamedTuple):
@@ -32,62 +71,101 @@ class Sample(NamedTuple):
 
 
 class TurnSampler(Protocol):
-    """What a rollout needs of a generation backend."""
+    """What a rollout needs of a generation backend. Episodes are numbered by the caller."""
 
-    def start(self, prompts: Sequence[Sequence[int]]) -> None:
-        """Begin a batch of episodes, numbered in the order of their prompts (token ids)."""
-
-    def sample(
-        self, episodes: Sequence[int], new_ids: Sequence[Sequence[int]], max_new_tokens: Sequence[int]
-    ) -> list[Sample]:
+    def add(self, episode: int, new_ids: Sequence[int], max_new_tokens: int) -> None:
         """
-        Sample one turn of each listed episode. `new_ids` are the tokens that follow the episode's last sampled token
-        (empty in the first turn); `max_new_tokens` limits each turn. Episodes that are not listed have ended and are
-        never listed again.
+        Ask for the next turn of an episode. `new_ids` are the tokens that follow its last sampled one; those of an
+        episode that is new, its prompt. `max_new_tokens` limits the turn.
         """
 
+    def drop(self, episode: int) -> None:
+        """The episode has ended."""
 
-def fits_cached_sampler(config: PretrainedConfig) -> bool:
+    def advance(self) -> list[tuple[int, Sample]]:
+        """Sample for a while; the turns that were finished, by episode."""
+
+    @property
+    def is_busy(self) -> bool:
+        """Whether there are turns to sample."""
+
+    @property
+    def wants_turns(self) -> bool:
+        """Whether now is the time to ask for more turns; depends on numbers of tokens only, never on the clock."""
+
+
+def make_logits_processors(device: torch.device | str = "cpu", **settings: Any) -> LogitsProcessorList:
     """
-    Whether [`CachedTurnSampler`] samples from such a model exactly: every layer must see the whole context. A sliding
-    window would count the holes that padding leaves in the cache; a state-space layer cannot skip them.
+    The sampling distribution that generation settings ask for; a neutral value or `None` adds nothing.
+
+    Args:
+        device (`torch.device`): Where the logits are.
+        settings: Values by name, the names being keys of `PROCESSORS`.
+
+    Raises:
+        ValueError: If a name is not one of them.
     """
-    config = config.get_text_config()
-    layer_types = getattr(config, "layer_types", None)
-    if layer_types is not None:
-        return set(layer_types) <= {"full_attention"}
-    return getattr(config, "sliding_window", None) is None or not getattr(config, "use_sliding_window", True)
-
-
-def make_logits_processors(
-    temperature: float, top_p: float, top_k: int, min_p: float | None, repetition_penalty: float
-) -> LogitsProcessorList:
-    """The sampling distribution that `GRPOConfig`'s fields of the same names ask for; neutral values add nothing."""
+    if unknown := settings.keys() - PROCESSORS.keys():
+        raise ValueError(
+            f"Text episodes cannot honour the generation settings {sorted(unknown)}. They sample with "
+            f"{', '.join(PROCESSORS)}."
+        )
     processors = LogitsProcessorList()
-    if repetition_penalty != 1.0:
-        processors.append(RepetitionPenaltyLogitsProcessor(repetition_penalty))
-    if temperature != 1.0:
-        processors.append(TemperatureLogitsWarper(float(temperature)))
-    if top_k:
-        processors.append(TopKLogitsWarper(top_k))
-    if top_p < 1.0:
-        processors.append(TopPLogitsWarper(top_p))
-    if min_p:
-        processors.append(MinPLogitsWarper(min_p))
+    for name, make in PROCESSORS.items():
+        value = settings.get(name)
+        if value is None or value == NEUTRAL.get(name):
+            continue
+        value = float(value) if isinstance(NEUTRAL.get(name), float) else value
+        takes_device = "device" in inspect.signature(make).parameters
+        processors.append(make(value, device=str(device)) if takes_device else make(value))
     return processors
+
+
+def unfit_for_cached_sampler(model: PreTrainedModel) -> str | None:
+    """
+    Why [`CachedTurnSampler`] cannot sample from such a model, or `None` if it can. All of its layers must be attention
+    over the whole context or over a sliding window, and take the mask they are given.
+    """
+    config = model.config.get_text_config()
+    layers = set(getattr(config, "layer_types", None) or ["full_attention"])
+    if not layers <= {"full_attention", "sliding_attention"}:
+        return f"its layers are of the types {', '.join(sorted(layers))}"
+    if config._attn_implementation not in ("sdpa", "eager"):
+        return f"its attention is {config._attn_implementation!r} (with 'sdpa' it would do)"
+    if "position_ids" not in inspect.signature(model.forward).parameters:
+        return "it takes no `position_ids`"
+    return None
+
+
+@dataclass(eq=False)
+class _Row:
+    """An episode in the cache."""
+
+    episode: int | None  # None: has ended
+    tokens: list[int]  # all so far
+    place: int = -1  # its row of the cache
+    num_cached: int = 0  # how many tokens are in the cache
+    room: int = 0  # tokens that this turn may still take
+    token_ids: list[int] = field(default_factory=list)  # this turn's
+    logprobs: list[float] = field(default_factory=list)
+
+    def has_cached(self, prefix: list[int]) -> bool:
+        """Whether its first tokens in the cache are these."""
+        return self.num_cached >= len(prefix) and self.tokens[: len(prefix)] == prefix
 
 
 class CachedTurnSampler:
     """
     Samples with a key/value cache that lives as long as the episode: a turn costs its new tokens only.
 
-    Each turn's new tokens are put left-padded behind what the cache holds; the holes that padding leaves are masked,
-    and positions are counted without them. Ended episodes leave the cache.
+    Turns are asked for and finished at any time. Those asked for meanwhile are read together, rows of like length in
+    one forward; then all running turns are sampled token by token. Episodes that begin with the same prompt share its
+    prefill. Rows of ended episodes are taken by new ones, or leave the cache.
 
     Args:
         model ([`~transformers.PreTrainedModel`]): The policy, in evaluation mode.
         eos_token_ids (`list[int]`): Tokens that end a turn.
-        pad_token_id (`int`): Fills holes; never seen by the model.
+        pad_token_id (`int`): Fills the forward; never attended to.
         temperature (`float`): Log-probabilities are reported at this temperature.
         processors ([`~transformers.LogitsProcessorList`]): Turn logits into the sampling distribution.
     """
@@ -102,95 +180,178 @@ class CachedTurnSampler:
     ):
         self.model = model
         self.device = next(model.parameters()).device
-        self.eos_token_ids = torch.tensor(eos_token_ids, device=self.device)
+        self.eos_token_ids = frozenset(eos_token_ids)
         self.pad_token_id = pad_token_id
         self.temperature = temperature
         self.processors = processors
-        self._needs_history = any(isinstance(p, RepetitionPenaltyLogitsProcessor) for p in processors)
+        self._reads_history = any(isinstance(processor, READS_HISTORY) for processor in processors)
+        config = model.config.get_text_config()
+        self._sliding_window = getattr(config, "sliding_window", None)
+        if not getattr(config, "use_sliding_window", True):
+            self._sliding_window = None
+        one_kind = "full_attention" if self._sliding_window is None else "sliding_attention"
+        self._layer_kinds = set(getattr(config, "layer_types", None) or [one_kind])
+        self._mask_dtype = model.dtype if config._attn_implementation == "eager" else torch.bool
+        self._cache = EpisodeCache(config.num_hidden_layers, self.device)
+        self._rows: list[_Row] = []  # by place
+        self._asked: list[_Row] = []  # have new tokens that are still to be read
+        self._running: list[_Row] = []
+        self._idle_steps = 0  # tokens that the other rows have missed while these ran
 
-    def start(self, prompts: Sequence[Sequence[int]]) -> None:
-        self._cache = DynamicCache()
-        self._rows = list(range(len(prompts)))  # the episode in each row of the cache
-        self._visible = torch.zeros(len(prompts), 0, dtype=torch.long, device=self.device)  # (rows, cached), 0 = hole
-        self._tokens = [list(prompt) for prompt in prompts]  # by episode: all tokens, for the repetition penalty
-        self._pending = [list(prompt) for prompt in prompts]  # by episode: tokens that are not in the cache yet
+    def add(self, episode: int, new_ids: Sequence[int], max_new_tokens: int) -> None:
+        row = next((row for row in self._rows if row.episode == episode), None) or _Row(episode, [])
+        row.tokens += new_ids
+        row.room = max_new_tokens
+        row.token_ids, row.logprobs = [], []
+        self._asked.append(row)
+
+    def drop(self, episode: int) -> None:
+        for row in self._rows:
+            if row.episode == episode:
+                row.episode = None
+
+    @property
+    def is_busy(self) -> bool:
+        return bool(self._asked or self._running)
+
+    @property
+    def wants_turns(self) -> bool:
+        # Reading a few turns' new tokens costs about as much as sampling one token for every row: those turns wait
+        # until what they miss meanwhile is worth as much.
+        return not self._running or self._idle_steps >= len(self._rows)
 
     @torch.no_grad()
-    def sample(
-        self, episodes: Sequence[int], new_ids: Sequence[Sequence[int]], max_new_tokens: Sequence[int]
-    ) -> list[Sample]:
-        self._keep(episodes)
-        for episode, ids in zip(episodes, new_ids, strict=True):
-            self._tokens[episode] += ids
-            self._pending[episode] += ids
-        input_ids, visible = self._pad_left([self._pending[episode] for episode in episodes])
-        limits = torch.tensor(max_new_tokens, device=self.device)
-        running = torch.ones(len(episodes), dtype=torch.bool, device=self.device)
-        steps: list[tuple[Tensor, Tensor, Tensor]] = []  # per token: ids, log-probs, whether the row was running
-        while True:
-            logits = self._forward(input_ids, visible)
-            next_ids, logprobs = self._draw(logits, episodes)
-            steps.append((next_ids, logprobs, running))
-            if self._needs_history:
-                for episode, token, is_running in zip(episodes, next_ids.tolist(), running.tolist(), strict=True):
-                    self._tokens[episode] += [token] * is_running
-            running = running & ~torch.isin(next_ids, self.eos_token_ids) & (len(steps) < limits)
-            if not running.any():
+    def advance(self) -> list[tuple[int, Sample]]:
+        finished = self._begin_turns()
+        while self._running and not finished:
+            finished = self._sample(self._running, self._read(self._running))
+            self._idle_steps += len(self._rows) - len(self._running)
+            if self.wants_turns:
                 break
-            input_ids = torch.where(running, next_ids, self.pad_token_id)[:, None]
-            visible = running.long()[:, None]
-        ids_by_row = torch.stack([step[0] for step in steps], dim=1).tolist()
-        logprobs_by_row = torch.stack([step[1] for step in steps], dim=1).tolist()
-        lengths = torch.stack([step[2] for step in steps], dim=1).sum(dim=1).tolist()
-        samples = []
-        for row, (episode, length) in enumerate(zip(episodes, lengths, strict=True)):
-            samples.append(Sample(ids_by_row[row][:length], logprobs_by_row[row][:length]))
-            self._pending[episode] = ids_by_row[row][length - 1 : length]  # the last one was drawn, not read
-        return samples
+        return [(row.episode, Sample(row.token_ids, row.logprobs)) for row in finished]
 
-    def _keep(self, episodes: Sequence[int]) -> None:
-        """Drop the rows of ended episodes from the cache."""
-        if list(episodes) == self._rows:
-            return
-        position = {episode: row for row, episode in enumerate(self._rows)}
-        rows = torch.tensor([position[episode] for episode in episodes], device=self.device)
-        if self._visible.size(1):
-            self._cache.batch_select_indices(rows)
-        self._visible = self._visible[rows]
-        self._rows = list(episodes)
+    def _begin_turns(self) -> list[_Row]:
+        """Read the new tokens of the turns that were asked for and sample the first of each; the turns it ends."""
+        asked, self._asked = self._asked, []
+        self._place([row for row in asked if row.place < 0])
+        self._close_ranks()
+        finished = []
+        if asked:
+            self._idle_steps = 0
+        for rows in _groups(asked, [len(row.tokens) - row.num_cached for row in asked]):
+            logits = self._read(rows)
+            self._running += rows
+            finished += self._sample(rows, logits)
+        return finished
 
-    def _pad_left(self, sequences: list[list[int]]) -> tuple[Tensor, Tensor]:
-        width = max(map(len, sequences))
-        ids = [[self.pad_token_id] * (width - len(sequence)) + sequence for sequence in sequences]
-        visible = [[0] * (width - len(sequence)) + [1] * len(sequence) for sequence in sequences]
-        return torch.tensor(ids, device=self.device), torch.tensor(visible, device=self.device)
+    def _place(self, new: list[_Row]) -> None:
+        """Give new episodes their places in the cache, and read their prompts, each once, but for the last token."""
+        readers: dict[tuple[int, ...], _Row] = {}
+        copies: list[tuple[_Row, _Row]] = []
+        for row in new:
+            prefix = row.tokens[:-1]
+            source = readers.get(tuple(prefix)) or next((old for old in self._rows if old.has_cached(prefix)), None)
+            free = [old for old in self._rows if old.episode is None]
+            if source in free:  # takes over what is there
+                row.place, row.num_cached = source.place, len(prefix)
+            else:
+                row.place = free[0].place if free else len(self._rows)
+                if source is None:
+                    readers[tuple(prefix)] = row
+                else:
+                    copies.append((source, row))
+            self._rows[row.place : row.place + 1] = [row]
+        self._cache.resize(len(self._rows))
+        reading = [row for row in readers.values() if len(row.tokens) > 1]
+        for rows in _groups(reading, [len(row.tokens) - 1 for row in reading]):
+            self._read(rows, leave=1)
+        for source, row in copies:
+            row.num_cached = len(row.tokens) - 1
+            self._cache.copy(source.place, row.place, row.num_cached)
 
-    def _forward(self, input_ids: Tensor, visible: Tensor) -> Tensor:
-        """Logits after the last position of each row, (rows, vocabulary)."""
-        num_seen = self._visible.sum(dim=1, keepdim=True)
-        positions = (num_seen + visible.cumsum(dim=1) - 1).clamp(min=0)
-        self._visible = torch.cat([self._visible, visible], dim=1)
+    def _close_ranks(self) -> None:
+        """Let the rows of ended episodes go; the last rows move into their places."""
+        num_left = sum(row.episode is not None for row in self._rows)
+        free = [row.place for row in self._rows[:num_left] if row.episode is None]
+        moving = [row for row in self._rows[num_left:] if row.episode is not None]
+        for place, row in zip(free, moving, strict=True):
+            self._cache.copy(row.place, place, row.num_cached)
+            row.place = place
+            self._rows[place] = row
+        if num_left < len(self._rows):
+            del self._rows[num_left:]
+            self._cache.resize(num_left)
+
+    def _read(self, rows: list[_Row], leave: int = 0) -> Tensor:
+        """Put the rows' tokens that are not cached yet, less the last `leave`, into the cache; logits (rows, vocabulary)."""
+        new = {row.place: row.tokens[row.num_cached : len(row.tokens) - leave] for row in rows}
+        width = max(map(len, new.values()))
+        # The whole cache is a view, some of its rows are a copy: rows that do nothing come along if they are the fewer.
+        whole = len(rows) == len(self._rows) or (width == 1 and 2 * len(rows) >= len(self._rows))
+        taking_part = self._rows if whole else rows
+        token_ids, columns = [], []
+        for row in taking_part:
+            ids = new.get(row.place, [])
+            padding = width - len(ids)
+            token_ids.append([self.pad_token_id] * padding + ids)
+            columns.append([0] * padding + list(range(row.num_cached + 1, row.num_cached + 1 + len(ids))))
+        for row in rows:
+            row.num_cached += len(new[row.place])
+        extent = max(row.num_cached for row in rows) + 1
+        columns = torch.tensor(columns, device=self.device)
+        self._cache.aim(None if whole else [row.place for row in rows], columns, extent)
         output = self.model(
-            input_ids=input_ids,
-            attention_mask=self._visible,
-            position_ids=positions,
+            input_ids=torch.tensor(token_ids, device=self.device),
+            attention_mask=self._masks(columns, extent),
+            position_ids=(columns - 1).clamp(min=0),
             past_key_values=self._cache,
             use_cache=True,
             logits_to_keep=1,
         )
-        return output.logits[:, -1].float()
+        logits = output.logits[:, -1]
+        return logits[[row.place for row in rows]] if whole else logits
 
-    def _draw(self, logits: Tensor, episodes: Sequence[int]) -> tuple[Tensor, Tensor]:
-        """Sampled token and its log-probability for each row, both (rows,)."""
-        history = None
-        if self._needs_history:  # padded with a token of the row itself, so that padding is not penalised
-            width = max(len(self._tokens[episode]) for episode in episodes)
-            rows = [self._tokens[episode] for episode in episodes]
-            history = torch.tensor([row[:1] * (width - len(row)) + row for row in rows], device=self.device)
-        scores = self.processors(history, logits)
-        next_ids = torch.multinomial(scores.softmax(dim=-1), num_samples=1)  # (rows, 1)
-        logprobs = (logits / self.temperature).log_softmax(dim=-1).gather(1, next_ids)  # (rows, 1)
-        return next_ids.squeeze(1), logprobs.squeeze(1)
+    def _masks(self, columns: Tensor, extent: int) -> Tensor | dict[str, Tensor]:
+        """What each token attends to, (rows, 1, tokens, extent), for each type of layer."""
+        own = columns[:, None, :, None]
+        others = torch.arange(extent, device=self.device)
+        # Padding attends to the column of padding, so that no token attends to nothing.
+        visible = (others <= own) & ((others > 0) | (own == 0))
+        masks = {}
+        for kind in self._layer_kinds:
+            mask = visible if kind == "full_attention" else visible & (others > own - self._sliding_window)
+            if self._mask_dtype != torch.bool:
+                hidden = torch.finfo(self._mask_dtype).min
+                mask = torch.zeros_like(mask, dtype=self._mask_dtype).masked_fill(~mask, hidden)
+            masks[kind] = mask
+        return masks if len(masks) > 1 else mask
+
+    def _sample(self, rows: list[_Row], logits: Tensor) -> list[_Row]:
+        """Draw a token for each of the running rows from its logits, (rows, vocabulary); the turns that it ends."""
+        logits = logits.float()
+        if self._reads_history:
+            histories = [torch.tensor([row.tokens], device=self.device) for row in rows]
+            scores = [self.processors(h, logits[i : i + 1]) for i, h in enumerate(histories)]
+            scores = torch.cat(scores)
+        else:
+            scores = self.processors(None, logits)
+        drawn = torch.multinomial(scores.softmax(dim=-1), num_samples=1)  # (rows, 1)
+        logprobs = (logits / self.temperature).log_softmax(dim=-1).gather(1, drawn)  # (rows, 1)
+        finished = []
+        for row, token, logprob in zip(rows, drawn.flatten().tolist(), logprobs.flatten().tolist(), strict=True):
+            row.tokens.append(token)
+            row.token_ids.append(token)
+            row.logprobs.append(logprob)
+            row.room -= 1
+            if token in self.eos_token_ids or not row.room:
+                finished.append(row)
+        self._running = [row for row in self._running if row not in finished]
+        return finished
+
+
+def _groups(rows: list[_Row], lengths: list[int]) -> list[list[_Row]]:
+    groups = length_groups(lengths, FORWARD_OVERHEAD, MAX_FORWARD_TOKENS)
+    return [[rows[index] for index in group] for group in groups]
 
 
 class RequestTurnSampler:
@@ -202,28 +363,37 @@ class RequestTurnSampler:
         generate (`Callable`): `(prompts, max_new_tokens) -> (token ids, log-probs or None)`, each a list by prompt.
     """
 
+    wants_turns = True  # a batch of requests is answered all at once
+
     def __init__(self, generate: Callable[[list[list[int]], int], tuple[list[list[int]], list[list[float]] | None]]):
         self._generate = generate
+        self._transcripts: dict[int, list[int]] = {}
+        self._asked: dict[int, int] = {}  # by episode: the turn's limit
 
-    def start(self, prompts: Sequence[Sequence[int]]) -> None:
-        self._transcripts = [list(prompt) for prompt in prompts]
+    def add(self, episode: int, new_ids: Sequence[int], max_new_tokens: int) -> None:
+        self._transcripts.setdefault(episode, []).extend(new_ids)
+        self._asked[episode] = max_new_tokens
 
-    def sample(
-        self, episodes: Sequence[int], new_ids: Sequence[Sequence[int]], max_new_tokens: Sequence[int]
-    ) -> list[Sample]:
-        for episode, ids in zip(episodes, new_ids, strict=True):
-            self._transcripts[episode] += ids
-        prompts = [list(self._transcripts[episode]) for episode in episodes]
+    def drop(self, episode: int) -> None:
+        self._transcripts.pop(episode, None)
+
+    @property
+    def is_busy(self) -> bool:
+        return bool(self._asked)
+
+    def advance(self) -> list[tuple[int, Sample]]:
+        asked, self._asked = self._asked, {}
+        prompts = [list(self._transcripts[episode]) for episode in asked]
         # One limit for the batch: a row that may take fewer tokens is cut to its own.
-        token_ids, logprobs = self._generate(prompts, max(max_new_tokens))
+        token_ids, logprobs = self._generate(prompts, max(asked.values()))
         if len(token_ids) != len(prompts) or not all(token_ids):
             raise RuntimeError(
                 f"The generation backend answered {len(prompts)} prompts with {len(token_ids)} completions, of which "
                 f"{sum(not ids for ids in token_ids)} are empty; see its own log for the reason."
             )
-        samples = []
-        for row, (episode, limit) in enumerate(zip(episodes, max_new_tokens, strict=True)):
+        finished = []
+        for row, (episode, limit) in enumerate(asked.items()):
             sampled = token_ids[row][:limit]
-            samples.append(Sample(sampled, logprobs[row][:limit] if logprobs is not None else None))
             self._transcripts[episode] += sampled
-        return samples
+            finished.append((episode, Sample(sampled, logprobs[row][:limit] if logprobs is not None else None)))
+        return finished

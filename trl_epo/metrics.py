@@ -16,6 +16,7 @@ class EpisodeSummary:
     episode_return: float
     num_turns: int
     num_invalid_actions: int
+    num_late_answers: int
     stop_reason: StopReason
 
     @classmethod
@@ -26,6 +27,7 @@ class EpisodeSummary:
             episode_return=episode.episode_return,
             num_turns=len(episode.turns),
             num_invalid_actions=episode.num_invalid_actions,
+            num_late_answers=episode.num_late_answers,
             stop_reason=episode.stop_reason,
         )
 
@@ -38,7 +40,8 @@ def episode_metrics(summaries: Sequence[EpisodeSummary]) -> dict[str, float]:
         `dict[str, float]`:
             `episode/success_rate` and, with several tasks, `episode/success_rate/<task>` (fractions of the episodes
             whose environment tells); `episode/return` (mean undiscounted return, without penalties); `episode/turns`
-            (mean); `episode/invalid_actions` (fraction of actions); `episode/stop/<reason>` (fraction of episodes).
+            (mean); `episode/invalid_actions` (fraction of actions); `episode/late_answers`
+            (mean number of answers that generation did not wait for); `episode/stop/<reason>` (fraction of episodes).
     """
     if not summaries:
         return {}
@@ -59,6 +62,7 @@ def episode_metrics(summaries: Sequence[EpisodeSummary]) -> dict[str, float]:
         metrics["episode/turns"] = _mean([summary.num_turns for summary in played])
         num_actions = sum(summary.num_turns for summary in played)
         metrics["episode/invalid_actions"] = sum(s.num_invalid_actions for s in played) / max(num_actions, 1)
+        metrics["episode/late_answers"] = _mean([summary.num_late_answers for summary in played])
     for reason in StopReason:
         metrics[f"episode/stop/{reason.value}"] = _mean([s.stop_reason is reason for s in summaries])
     return metrics

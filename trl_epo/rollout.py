@@ -1,16 +1,18 @@
 """Episodes × turns: text environments played by a turn sampler. Knows no trainer and no torch.distributed."""
 
 import logging
+import math
 import re
+import threading
 import traceback
+from collections import deque
 from collections.abc import Callable, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, wait
 from dataclasses import dataclass, field
 from typing import Any
 
-import gymnasium
-
 from .chat import ChatEncoder
-from .envs.base import check_reset, check_step
+from .environment_pool import EnvironmentPool, EnvironmentWorker
 from .episode import Episode, StopReason, Turn
 from .generation import Sample, TurnSampler
 
@@ -58,60 +60,23 @@ class EpisodeStart:
 @dataclass(frozen=True)
 class Limits:
     """
-    What bounds an episode.
+    What bounds episodes.
 
     Args:
         max_turns (`int`): Actions per episode.
         max_turn_length (`int`): New tokens per action.
         max_episode_length (`int`): Tokens after the prompt, observations included.
         context_length (`int` or `None`): Tokens with the prompt; `None` if the model has no bound.
+        max_concurrent_episodes (`float`): Episodes that are played at once.
+        patience (`float`): How long generation waits for an environment's answer before it goes on without, in seconds.
     """
 
     max_turns: int
     max_turn_length: int
     max_episode_length: int
     context_length: int | None = None
-
-
-class EnvironmentPool:
-    """
-    Makes environments when they are needed and keeps them for the next batch.
-
-    Args:
-        factory (`Callable` or `dict[str, Callable]`): Makes an environment; by name, if there are several.
-    """
-
-    def __init__(self, factory: Callable[[], gymnasium.Env] | dict[str, Callable[[], gymnasium.Env]]):
-        self.named = isinstance(factory, dict)
-        self._factories = factory if self.named else {None: factory}
-        self._idle: dict[str | None, list[gymnasium.Env]] = {name: [] for name in self._factories}
-
-    @property
-    def names(self) -> list[str | None]:
-        """The environments' names; `[None]` if there is a single, unnamed factory."""
-        return list(self._factories)
-
-    def take(self, name: str | None) -> gymnasium.Env:
-        """An environment that nobody uses."""
-        idle = self._idle[name]
-        return idle.pop() if idle else self._factories[name]()
-
-    def give_back(self, name: str | None, env: gymnasium.Env) -> None:
-        """Keep an environment for later."""
-        self._idle[name].append(env)
-
-    def discard(self, env: gymnasium.Env) -> None:
-        """Close an environment that failed; it is not used again."""
-        try:
-            env.close()
-        except Exception:
-            logger.warning("Closing a failed environment failed as well:\n%s", traceback.format_exc())
-
-    def close(self) -> None:
-        """Close all idle environments."""
-        for idle in self._idle.values():
-            while idle:
-                self.discard(idle.pop())
+    max_concurrent_episodes: float = math.inf
+    patience: float = math.inf
 
 
 @dataclass
@@ -119,20 +84,110 @@ class _Playing:
     """An episode that is still being played."""
 
     start: EpisodeStart
-    env: gymnasium.Env | None = None
+    worker: EnvironmentWorker | None = None
     prompt: list[dict[str, Any]] = field(default_factory=list)
     prompt_ids: list[int] = field(default_factory=list)
     turns: list[Turn] = field(default_factory=list)
-    next_ids: list[int] = field(default_factory=list)  # observation tokens before the next action
+    observation_ids: list[int] = field(default_factory=list)  # before the next action; none in the first turn
     room: int = 0  # tokens left for the next action
+    sample: Sample | None = None  # the action that the environment is to answer; None: `reset`
+    text: str = ""
+    action: str | None = None
     info: dict[str, Any] = field(default_factory=dict)
+    num_late_answers: int = 0
     stop_reason: StopReason | None = None
     failure: str | None = None
 
-    def fail(self, error: Exception) -> None:
-        self.stop_reason = StopReason.FAILURE
-        self.failure = "".join(traceback.format_exception(error))
-        logger.warning("An episode failed and is left out of training:\n%s", self.failure)
+    def reset(self, pool: EnvironmentPool) -> Future:
+        """Ask an environment for the first observation."""
+        try:
+            self.worker = pool.take(self.start.environment)
+        except KeyError as error:
+            return _failed(error)
+        return self.worker.reset(self.start.seed, self.start.options)
+
+    def act(self, sample: Sample, chat: ChatEncoder, action_parser: ActionParser) -> Future:
+        """Ask the environment to answer the sampled action."""
+        self.sample = sample
+        self.text = chat.tokenizer.decode(sample.token_ids, skip_special_tokens=True)
+        try:
+            self.action = action_parser(self.text)
+        except Exception as error:
+            return _failed(error)
+        return self.worker.step(
+            self.action or ""
+        )  # no action is an empty one: the environment answers in its own words
+
+    def take_answer(self, answer: Future, chat: ChatEncoder, limits: Limits) -> None:
+        """Note what the environment answered, and prepare the next turn or stop."""
+        try:
+            if self.sample is None:
+                self._begin(*answer.result(), chat, limits)
+            else:
+                self._note_turn(*answer.result(), chat, limits)
+        except Exception as error:
+            self.stop_reason = StopReason.FAILURE
+            self.failure = "".join(traceback.format_exception(error))
+            self.prompt = self.prompt or add_observation(self.start.prompt, "")
+            logger.warning("An episode failed and is left out of training:\n%s", self.failure)
+
+    def _begin(self, observation: str, info: dict[str, Any], chat: ChatEncoder, limits: Limits) -> None:
+        self.info = info
+        self.prompt = add_observation(self.start.prompt, observation)
+        self.prompt_ids = chat.encode_prompt(self.prompt)
+        self.room = limits.max_episode_length
+        if limits.context_length is not None:
+            self.room = min(self.room, limits.context_length - len(self.prompt_ids))
+        if self.room < 1:
+            raise ValueError(
+                f"The first prompt has {len(self.prompt_ids)} tokens, which leaves no room for an action in the "
+                f"model's context of {limits.context_length} tokens."
+            )
+
+    def _note_turn(
+        self,
+        observation: str,
+        reward: float,
+        terminated: bool,
+        truncated: bool,
+        info: dict[str, Any],
+        chat: ChatEncoder,
+        limits: Limits,
+    ) -> None:
+        self.info = info
+        token_ids, logprobs = self.sample
+        self.turns.append(
+            Turn(
+                observation_ids=tuple(self.observation_ids),
+                action_ids=tuple(token_ids),
+                logprobs=None if logprobs is None else tuple(logprobs),
+                text=self.text,
+                action=self.action,
+                invalid=self.action is None or bool(info.get("invalid_action", False)),
+                observation=observation,
+                reward=reward,
+            )
+        )
+        if terminated:
+            self.stop_reason = StopReason.TERMINATED
+        elif truncated:
+            self.stop_reason = StopReason.TRUNCATED
+        elif len(self.turns) == limits.max_turns:
+            self.stop_reason = StopReason.MAX_TURNS
+        else:
+            self.observation_ids = chat.encode_observation(observation, last_action_token=token_ids[-1])
+            self.room -= len(token_ids) + len(self.observation_ids)
+            if self.room < 1:
+                self.stop_reason = StopReason.TOKEN_BUDGET
+
+    def leave(self, pool: EnvironmentPool) -> None:
+        """Let go of the environment."""
+        if self.worker is None:
+            return
+        if self.stop_reason is StopReason.FAILURE:
+            self.worker.close()
+        else:
+            pool.give_back(self.start.environment, self.worker)
 
     def finish(self) -> Episode:
         success = self.info.get("success")
@@ -146,6 +201,7 @@ class _Playing:
             task=None if task is None else str(task),
             options=self.start.options,
             seed=self.start.seed,
+            num_late_answers=self.num_late_answers,
             failure=self.failure,
         )
 
@@ -159,7 +215,11 @@ def play_episodes(
     action_parser: ActionParser = parse_action,
 ) -> list[Episode]:
     """
-    Play one episode from each start, all of them turn by turn together.
+    Play one episode from each start, many of them at once.
+
+    Environments answer on threads of their own while the sampler goes on with other episodes. What is sampled together
+    depends on the episodes alone, not on how fast they answer, as long as each answer takes at most
+    `limits.patience`; later ones join when they come, and are counted.
 
     An environment that raises, or answers something other than the contract says, costs its own episode: it ends
     with [`StopReason.FAILURE`] and the environment is replaced.
@@ -168,78 +228,45 @@ def play_episodes(
         `list[Episode]`: In the order of `starts`.
     """
     episodes = [_Playing(start) for start in starts]
-    for episode in episodes:
-        _reset(episode, pool, chat, limits)
-    sampler.start([episode.prompt_ids for episode in episodes])
-    while active := [index for index, episode in enumerate(episodes) if episode.stop_reason is None]:
-        new_ids = [episodes[index].next_ids for index in active]
-        room = [min(limits.max_turn_length, episodes[index].room) for index in active]
-        for index, sample in zip(active, sampler.sample(active, new_ids, room), strict=True):
-            _act(episodes[index], sample, chat, limits, action_parser)
-    for episode in episodes:
-        if episode.env is not None:
-            if episode.stop_reason is StopReason.FAILURE:
-                pool.discard(episode.env)
-            else:
-                pool.give_back(episode.start.environment, episode.env)
+    queue = deque(range(len(episodes)))
+    answers: dict[int, Future] = {}  # by episode: what its environment has been asked
+    late: set[int] = set()  # generation does not wait for these answers any more
+    num_open = 0
+    while queue or num_open:
+        while sampler.wants_turns:
+            while queue and num_open < limits.max_concurrent_episodes:
+                index = queue.popleft()
+                answers[index] = episodes[index].reset(pool)
+                num_open += 1
+            wait([answers[index] for index in answers.keys() - late], min(limits.patience, threading.TIMEOUT_MAX))
+            if not sampler.is_busy and not any(answer.done() for answer in answers.values()):
+                wait(answers.values(), return_when=FIRST_COMPLETED)
+            answered = sorted(index for index, answer in answers.items() if answer.done())
+            for index in answers.keys() - late - set(answered):
+                episodes[index].num_late_answers += 1
+            late = answers.keys() - answered
+            if not answered:
+                break
+            for index in answered:
+                episode = episodes[index]
+                episode.take_answer(answers.pop(index), chat, limits)
+                if episode.stop_reason is None:
+                    # The first turn follows the prompt, any other the observation that answers the last action.
+                    new_ids = episode.observation_ids if episode.turns else episode.prompt_ids
+                    sampler.add(index, new_ids, min(limits.max_turn_length, episode.room))
+                else:
+                    sampler.drop(index)
+                    episode.leave(pool)
+                    num_open -= 1
+        for index, sample in sampler.advance() if sampler.is_busy else ():
+            answers[index] = episodes[index].act(sample, chat, action_parser)
     return [episode.finish() for episode in episodes]
 
 
-def _reset(episode: _Playing, pool: EnvironmentPool, chat: ChatEncoder, limits: Limits) -> None:
-    start = episode.start
-    try:
-        episode.env = pool.take(start.environment)
-        observation, episode.info = check_reset(episode.env.reset(seed=start.seed, options=dict(start.options)))
-    except Exception as error:
-        episode.prompt = add_observation(start.prompt, "")
-        episode.prompt_ids = chat.encode_prompt(episode.prompt)
-        return episode.fail(error)
-    episode.prompt = add_observation(start.prompt, observation)
-    episode.prompt_ids = chat.encode_prompt(episode.prompt)
-    episode.room = limits.max_episode_length
-    if limits.context_length is not None:
-        episode.room = min(episode.room, limits.context_length - len(episode.prompt_ids))
-    if episode.room < 1:
-        episode.fail(
-            ValueError(
-                f"The first prompt has {len(episode.prompt_ids)} tokens, which leaves no room for an action in the "
-                f"model's context of {limits.context_length} tokens."
-            )
-        )
-
-
-def _act(episode: _Playing, sample: Sample, chat: ChatEncoder, limits: Limits, action_parser: ActionParser) -> None:
-    """Play the sampled turn: parse the action, step the environment, note the turn, prepare the next or stop."""
-    text = chat.tokenizer.decode(sample.token_ids, skip_special_tokens=True)
-    try:
-        action = action_parser(text)
-        # No action is an empty one: the environment answers it in its own words.
-        observation, reward, terminated, truncated, episode.info = check_step(episode.env.step(action or ""))
-    except Exception as error:
-        return episode.fail(error)
-    episode.turns.append(
-        Turn(
-            observation_ids=tuple(episode.next_ids),
-            action_ids=tuple(sample.token_ids),
-            logprobs=None if sample.logprobs is None else tuple(sample.logprobs),
-            text=text,
-            action=action,
-            invalid=action is None or bool(episode.info.get("invalid_action", False)),
-            observation=observation,
-            reward=reward,
-        )
-    )
-    if terminated:
-        episode.stop_reason = StopReason.TERMINATED
-    elif truncated:
-        episode.stop_reason = StopReason.TRUNCATED
-    elif len(episode.turns) == limits.max_turns:
-        episode.stop_reason = StopReason.MAX_TURNS
-    else:
-        episode.next_ids = chat.encode_observation(observation, last_action_token=sample.token_ids[-1])
-        episode.room -= len(sample.token_ids) + len(episode.next_ids)
-        if episode.room < 1:
-            episode.stop_reason = StopReason.TOKEN_BUDGET
+def _failed(error: Exception) -> Future:
+    future = Future()
+    future.set_exception(error)
+    return future
 
 
 def add_observation(prompt: list[dict[str, Any]], observation: str) -> list[dict[str, Any]]:

@@ -21,8 +21,9 @@ from trl.trainer.utils import get_config_model_id, pad
 from ._trl_seams import SeamedGRPOTrainer
 from .chat import ChatEncoder
 from .config import EPOConfig
-from .envs.base import check_reset
+from .environment_pool import EnvironmentPool
 from .episode import Episode, episode_row
+from .generation import make_logits_processors
 from .history import EntropyHistory
 from .metrics import EpisodeSummary, episode_metrics
 from .model_card import complete_model_card
@@ -33,7 +34,7 @@ from .objective import (
     turn_ids_from_mask,
     turn_mean,
 )
-from .rollout import ActionParser, EnvironmentPool, EpisodeStart, Limits, parse_action, play_episodes
+from .rollout import ActionParser, EpisodeStart, Limits, parse_action, play_episodes
 
 
 logger = logging.getLogger(__name__)
@@ -138,11 +139,8 @@ class EPOTrainer(SeamedGRPOTrainer):
                     "`tools` cannot be used with a text environment, whose actions are plain text. Make the "
                     "environment a TRL tool environment (methods instead of `step`), or leave `tools` out."
                 )
-            if args.generation_kwargs and not (args.use_vllm or args.use_transformers_continuous_batching):
-                raise ValueError(
-                    f"`generation_kwargs={args.generation_kwargs}` cannot be used with text episodes, which sample with "
-                    "a cache of their own. Use `temperature`, `top_p`, `top_k`, `min_p` and `repetition_penalty`."
-                )
+            if not (args.use_vllm or args.use_transformers_continuous_batching):
+                make_logits_processors(**(args.generation_kwargs or {}))  # raises if it cannot honour them
             if args.loss_type == "dr_grpo" and args.max_completion_length is None:
                 raise ValueError(
                     "`loss_type='dr_grpo'` divides by `max_completion_length`, which is not set: give the longest "
@@ -208,6 +206,8 @@ class EPOTrainer(SeamedGRPOTrainer):
             max_turn_length=self.args.max_turn_length,
             max_episode_length=self.max_completion_length,
             context_length=context_length,
+            max_concurrent_episodes=self.args.max_concurrent_episodes or math.inf,
+            patience=self.args.environment_patience,
         )
 
     def prepare_rows(self, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -434,10 +434,10 @@ def make_environment_pool(factory: Callable | dict[str, Callable] | None) -> Env
     pool = EnvironmentPool(factory)
     kinds = {}
     for name in pool.names:
-        env = pool.take(name)
-        kinds[name] = isinstance(env, gymnasium.Env)
+        worker = pool.take(name)
+        kinds[name] = worker.call(lambda env: isinstance(env, gymnasium.Env)).result()
         if kinds[name]:
-            pool.give_back(name, env)
+            pool.give_back(name, worker)
     if len(set(kinds.values())) > 1:
         raise ValueError(
             f"`environment_factory` mixes text environments and TRL tool environments: {kinds} (True: a "
@@ -481,16 +481,18 @@ def check_first_row(pool: EnvironmentPool, dataset) -> None:
             f"The first row of the dataset has `environment={name!r}`, but must name one of {pool.names} (the keys of "
             "`environment_factory`)."
         )
-    env = pool.take(name)
+    worker = pool.take(name)
     options = environment_options(row)
     try:
-        check_reset(env.reset(seed=0, options=options))
+        worker.reset(seed=0, options=options).result()
     except Exception as error:
+        kind = worker.call(lambda env: type(env).__name__).result()
+        worker.close()
         raise ValueError(
-            f"The environment {type(env).__name__} could not be reset with the dataset's first row {options}: {error} "
+            f"The environment {kind} could not be reset with the dataset's first row {options}: {error} "
             "`trl_epo.check_env` tells what is wrong with an environment."
         ) from error
-    pool.give_back(name, env)
+    pool.give_back(name, worker)
 
 
 def _copied(reward_funcs):
