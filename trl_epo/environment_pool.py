@@ -1,8 +1,10 @@
 """Environments at work: each on a thread of its own, kept for the next batch of episodes."""
 
 import logging
+import threading
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
+from queue import SimpleQueue
 from typing import Any
 
 import gymnasium
@@ -11,6 +13,8 @@ from .envs.base import check_reset, check_step
 
 
 logger = logging.getLogger(__name__)
+
+CLOSING_TIME = 5.0  # seconds that an environment has to close when the process ends
 
 EnvironmentFactory = Callable[[], gymnasium.Env]
 
@@ -21,17 +25,21 @@ class EnvironmentWorker:
     ever sees a second thread.
 
     Args:
-        factory (`Callable[[], gymnasium.Env]`): Makes the environment.
+        factory (`Callable[[], gymnasium.Env]`): Makes the environment, when it is first used.
     """
 
     def __init__(self, factory: EnvironmentFactory):
-        self._factory = factory
-        self._env: gymnasium.Env | None = None
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="environment")
+        # This queue may be written to at any time, even by the garbage collector.
+        self._tasks: SimpleQueue[tuple[Callable, Future] | None] = SimpleQueue()
+        # A daemon: an environment that hangs does not keep the process from ending.
+        self._thread = threading.Thread(target=_work, args=(factory, self._tasks), name="environment", daemon=True)
+        self._thread.start()
 
     def call(self, function: Callable[[gymnasium.Env], Any]) -> Future:
         """`function(environment)` on the environment's thread."""
-        return self._thread.submit(self._call, function)
+        future = Future()
+        self._tasks.put((function, future))
+        return future
 
     def reset(self, seed: int, options: dict[str, Any]) -> Future:
         """`(observation, info)`, checked against the contract."""
@@ -41,28 +49,32 @@ class EnvironmentWorker:
         """`(observation, reward, terminated, truncated, info)`, checked against the contract."""
         return self.call(lambda env: check_step(env.step(action)))
 
-    def close(self) -> Future:
-        """Close the environment after what it still has to do. An error in it is logged."""
-        try:
-            closed = self._thread.submit(self._close)
-        except RuntimeError:  # the interpreter is shutting down and starts no more work on threads
-            closed = Future()
-            closed.set_result(self._close())
-        self._thread.shutdown(wait=False)
-        return closed
+    def close(self) -> None:
+        """Have the environment closed after what it still has to do; do not wait for it. An error in it is logged."""
+        self._tasks.put(None)
 
-    def _call(self, function: Callable[[gymnasium.Env], Any]) -> Any:
-        if self._env is None:
-            self._env = self._factory()
-        return function(self._env)
+    def join(self, timeout: float) -> None:
+        """Wait until it is closed, at most `timeout` seconds."""
+        self._thread.join(timeout)
 
-    def _close(self) -> None:
-        env, self._env = self._env, None
+
+def _work(factory: EnvironmentFactory, tasks: SimpleQueue) -> None:
+    env = None
+    while (task := tasks.get()) is not None:
+        function, future = task
         try:
-            if env is not None:
-                env.close()
-        except Exception:
-            logger.warning("Closing an environment failed.", exc_info=True)
+            if env is None:
+                env = factory()
+            answer = function(env)
+        except BaseException as error:  # an environment that calls `sys.exit` fails like any other
+            future.set_exception(error if isinstance(error, Exception) else RuntimeError(f"It raised {error!r}."))
+        else:
+            future.set_result(answer)
+    try:
+        if env is not None:
+            env.close()
+    except Exception:
+        logger.warning("Closing an environment failed.", exc_info=True)
 
 
 class EnvironmentPool:
@@ -93,7 +105,10 @@ class EnvironmentPool:
         self._idle[name].append(worker)
 
     def close(self) -> None:
-        """Close all idle environments."""
-        closed = [idle.pop().close() for idle in self._idle.values() for _ in range(len(idle))]
-        for future in closed:
-            future.result()
+        """Have all idle environments closed."""
+        workers = [worker for idle in self._idle.values() for worker in idle]
+        for worker in workers:
+            worker.close()
+        if not threading.main_thread().is_alive():  # the process ends, and its daemon threads with it
+            for worker in workers:
+                worker.join(CLOSING_TIME)

@@ -1,0 +1,130 @@
+"""What the benchmarks share: models, clocks, the forced action, results as a table, JSON and a plot."""
+
+import json
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import psutil
+import torch
+import trl
+from rich.console import Console
+from rich.table import Table
+from transformers import LlamaConfig, LlamaForCausalLM, LogitsProcessor, PreTrainedModel, PreTrainedTokenizerBase
+
+
+sys.path.append(str(Path(__file__).parents[1]))
+from quickstart import make_tokenizer
+from shared import load_smollm2
+
+
+# A template with tools, so that TRL's loop and ours read the same transcript.
+CHAT_TEMPLATE = (Path(trl.__file__).parent / "chat_templates" / "qwen2_5.jinja").read_text()
+ACTION = '<tool_call>{"name":"go","arguments":{}}</tool_call>'
+
+
+@dataclass
+class BenchmarkArguments:
+    model: str = field(default="smollm2", metadata={"help": "Which model.", "choices": ("smollm2", "tiny")})
+    threads: int = field(default=2, metadata={"help": "Threads of PyTorch."})
+    seed: int = field(default=0, metadata={"help": "Of the random weights and tokens."})
+    json: str | None = field(default=None, metadata={"help": "File for the rows as JSON, rewritten after each."})
+    plot: str | None = field(default=None, metadata={"help": "File for a plot (PNG); needs the `plot` extra."})
+
+
+def load(name: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """SmolLM2-135M in bfloat16, or a model of a few thousand weights; with a template that knows tools."""
+    if name == "smollm2":
+        model, tokenizer = load_smollm2()
+    else:
+        tokenizer = make_tokenizer([[{"role": "user", "content": ACTION}]])
+        tokenizer.add_special_tokens({"eos_token": "<|im_end|>", "additional_special_tokens": ["<|im_start|>"]})
+        config = LlamaConfig(
+            vocab_size=len(tokenizer),
+            hidden_size=32,
+            intermediate_size=64,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            max_position_embeddings=8192,
+            tie_word_embeddings=True,
+            bos_token_id=None,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+        )
+        model = LlamaForCausalLM(config).to(torch.bfloat16)
+    tokenizer.chat_template = CHAT_TEMPLATE
+    return model, tokenizer
+
+
+class Forced(LogitsProcessor):
+    """Makes all rows say the same tokens over and over, so that every loop samples equally many."""
+
+    def __init__(self, token_ids: list[int]):
+        self.token_ids = token_ids
+        self.num_calls = 0
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        token = self.token_ids[self.num_calls % len(self.token_ids)]
+        self.num_calls += 1
+        forced = torch.full_like(scores, -torch.inf)
+        forced[:, token] = 0.0
+        return forced
+
+
+@dataclass
+class Cost:
+    """What a piece of work took. CPU-seconds are summed over all threads."""
+
+    cpu_s: float = 0.0
+    wall_s: float = 0.0
+    peak_mb: float | None = None  # of the process, with what was there before
+
+
+@contextmanager
+def measured() -> Iterator[Cost]:
+    cost = Cost()
+    has_peak = _reset_peak()
+    cpu, wall = time.process_time(), time.perf_counter()
+    yield cost
+    cost.cpu_s, cost.wall_s = time.process_time() - cpu, time.perf_counter() - wall
+    if has_peak:
+        cost.peak_mb = _peak_mb()
+
+
+def _reset_peak() -> bool:
+    try:
+        Path("/proc/self/clear_refs").write_text("5")  # Linux: sets the peak to what is resident now
+    except OSError:
+        return False
+    return True
+
+
+def _peak_mb() -> float:
+    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
+    return int(line.split()[1]) / 1024
+
+
+def save_json(path: str | None, rows: list[dict], settings: dict) -> None:
+    """Write what there is so far, with what it was measured on."""
+    if path is None:
+        return
+    machine = {
+        "cpus": len(psutil.Process().cpu_affinity())
+        if hasattr(psutil.Process, "cpu_affinity")
+        else psutil.cpu_count(),
+        "torch": torch.__version__,
+        "trl": trl.__version__,
+    }
+    Path(path).write_text(json.dumps({"settings": settings, "machine": machine, "rows": rows}, indent=2) + "\n")
+
+
+def show(rows: list[dict], title: str) -> None:
+    """Print rows as a table, each as a column."""
+    table = Table(title=title, show_header=False)
+    for name in rows[0]:
+        values = [row[name] for row in rows]
+        table.add_row(name, *("–" if v is None else f"{v:.2f}" if isinstance(v, float) else str(v) for v in values))
+    Console().print(table)

@@ -1,0 +1,202 @@
+"""Scoring of action tokens only, against TRL's scoring of every token; and how rows are grouped."""
+
+import itertools
+
+import pytest
+import torch
+from conftest import Corridor, make_model
+from datasets import Dataset
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from trl import GRPOTrainer
+from trl.trainer.utils import add_fused_lm_head
+
+from trl_epo import EPOConfig, EPOTrainer
+from trl_epo.batching import length_groups
+from trl_epo.scoring import score_tokens
+
+
+@pytest.fixture(scope="module")
+def fused_model():
+    model = make_model(vocab_size=50)
+    add_fused_lm_head(model, temperature=0.7, outputs=("log_probs", "entropy"))
+    return model
+
+
+def batch(prompt_lengths, completion_lengths, seed=0):
+    """Prompts padded on the left, completions on the right, as TRL does; ids, attention, completion width."""
+    generator = torch.Generator().manual_seed(seed)
+    longest_prompt, longest = max(prompt_lengths), max(completion_lengths)
+    ids = torch.randint(3, 50, (len(prompt_lengths), longest_prompt + longest), generator=generator)
+    place = torch.arange(ids.size(1))
+    begin = longest_prompt - torch.tensor(prompt_lengths)[:, None]
+    end = longest_prompt + torch.tensor(completion_lengths)[:, None]
+    attention = ((place >= begin) & (place < end)).long()
+    return ids * attention, attention, longest
+
+
+def full_scores(model, ids, attention, width):
+    """TRL's way: the whole padded batch, the head at every token."""
+    labels = ids.masked_fill(attention == 0, -100)
+    labels[:, :-width] = -100
+    outputs = model(input_ids=ids, attention_mask=attention, labels=labels, fused_lm_head=True)
+    return outputs.log_probs[:, -width:], outputs.entropy[:, -width:]
+
+
+def gradients(model, loss):
+    model.zero_grad()
+    loss.backward()
+    return torch.cat([parameter.grad.flatten() for parameter in model.parameters()])
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.data())
+def test_equals_scoring_every_token(fused_model, data):
+    num_rows = data.draw(st.integers(1, 5))
+    lengths = st.lists(st.integers(1, 40), min_size=num_rows, max_size=num_rows)
+    ids, attention, width = batch(data.draw(lengths), data.draw(lengths), seed=data.draw(st.integers(0, 99)))
+    scored = attention[:, -width:] * (torch.rand(num_rows, width) < data.draw(st.sampled_from([0.0, 0.2, 1.0])))
+    weight = torch.randn(2, num_rows, width)
+    logprobs, entropies = (values * scored for values in full_scores(fused_model, ids, attention, width))
+    expected = gradients(fused_model, (logprobs * weight[0] + entropies * weight[1]).sum())
+    for split in (True, False):
+        scores = score_tokens(
+            fused_model, fused_model.base_model, ids, attention, scored, data.draw(st.sampled_from([None, 1])), split
+        )
+        torch.testing.assert_close(scores.logprobs, logprobs, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(scores.entropies, entropies, atol=1e-5, rtol=1e-5)
+        actual = gradients(fused_model, (scores.logprobs * weight[0] + scores.entropies * weight[1]).sum())
+        torch.testing.assert_close(actual, expected, atol=1e-4, rtol=1e-4)
+
+
+def test_computes_neither_padding_nor_the_head_elsewhere(fused_model):
+    seen = []
+    hook = fused_model.model.register_forward_pre_hook(
+        lambda module, args, kwargs: seen.append(tuple(kwargs["input_ids"].shape)), with_kwargs=True
+    )
+    ids, attention, width = batch([10, 400, 10, 12], [20, 600, 30, 8])
+    scored = torch.zeros(4, width, dtype=torch.long)
+    scored[:, 5] = 1
+    scores = score_tokens(fused_model, fused_model.base_model, ids, attention, scored)
+    hook.remove()
+    assert seen == [(1, 1000), (3, 40)]
+    assert (scores.logprobs != 0).sum() == 4
+
+
+def test_rows_without_a_scored_token_are_not_computed(fused_model):
+    ids, attention, width = batch([5, 900], [5, 5])
+    scored = torch.zeros(2, width, dtype=torch.long)
+    scored[0, 2] = 1
+    seen = []
+    hook = fused_model.model.register_forward_pre_hook(
+        lambda module, args, kwargs: seen.append(tuple(kwargs["input_ids"].shape)), with_kwargs=True
+    )
+    score_tokens(fused_model, fused_model.base_model, ids, attention, scored)
+    hook.remove()
+    assert seen == [(1, 10)]
+
+
+def test_nothing_to_score_gives_zeros_that_reach_every_weight(fused_model):
+    ids, attention, width = batch([5, 3], [5, 5])
+    scores = score_tokens(fused_model, fused_model.base_model, ids, attention, torch.zeros(2, width))
+    assert not scores.logprobs.any()
+    assert not gradients(fused_model, scores.logprobs.sum() + scores.entropies.sum()).any()
+    assert all(parameter.grad is not None for parameter in fused_model.parameters())
+
+
+class FullTrainer(EPOTrainer):
+    """Scores every token, with TRL's own code."""
+
+    _get_per_token_logps_and_entropies = GRPOTrainer._get_per_token_logps_and_entropies
+
+    def extend_batch(self, batch):
+        self.seen = batch
+        return super().extend_batch(batch)
+
+    def compute_loss(self, *args, **kwargs):
+        # What `_get_per_token_logps_and_entropies` of the package does for EPO's term
+        score = GRPOTrainer._get_per_token_logps_and_entropies
+
+        def noting(*args, **kwargs):
+            outputs = score(self, *args, **kwargs)
+            self._captured_entropies.append(outputs[1])
+            return outputs
+
+        self._get_per_token_logps_and_entropies = noting
+        try:
+            return super().compute_loss(*args, **kwargs)
+        finally:
+            del self._get_per_token_logps_and_entropies
+
+
+@pytest.mark.parametrize("loss_type", ["dapo", "grpo", "cispo"])
+def test_training_equals_trls_full_scoring(tmp_path, tokenizer, loss_type):
+    """With a reference model, old log-probs of their own, EPO's terms, episodes of very different lengths."""
+    make_model().save_pretrained(tmp_path / "model")  # the reference model is loaded from where the policy is
+    trained = []
+    for kind in (FullTrainer, EPOTrainer):
+        trainer = kind(
+            str(tmp_path / "model"),
+            args=EPOConfig(
+                str(tmp_path),
+                loss_type=loss_type,
+                per_device_train_batch_size=4,
+                num_generations=4,
+                steps_per_generation=2,
+                gradient_accumulation_steps=1,
+                num_iterations=2,
+                beta=0.1,
+                entropy_coef=0.5,
+                entropy_corridor_high=1.0,
+                max_turn_length=12,
+                max_turns=12,
+                max_steps=6,
+                optim="sgd",
+                learning_rate=10.0,
+                bf16=False,
+                gradient_checkpointing=False,
+                report_to="none",
+                logging_steps=1,
+                save_strategy="no",
+                seed=3,
+            ),
+            train_dataset=Dataset.from_dict({"length": [1, 30, 2, 40]}),
+            processing_class=tokenizer,
+            environment_factory=lambda: Corridor(turns=12),
+        )
+        before = [parameter.detach().clone() for parameter in trainer.model.parameters()]
+        trainer.train()
+        losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+        kl = [entry["kl"] for entry in trainer.state.log_history if "kl" in entry]
+        moved = max(float((a - b).abs().max()) for a, b in zip(before, trainer.model.parameters(), strict=True))
+        trained.append((losses, kl, list(trainer.model.parameters()), moved))
+    (full_losses, full_kl, full, moved), (losses, kl, ours, _) = trained
+    assert losses == pytest.approx(full_losses, abs=1e-5)
+    assert kl == pytest.approx(full_kl, abs=1e-5)
+    assert moved > 1e-2
+    for a, b in zip(full, ours, strict=True):
+        torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-4)
+
+
+class TestLengthGroups:
+    @given(st.lists(st.integers(1, 50), min_size=1, max_size=7), st.integers(0, 60))
+    def test_no_other_grouping_of_neighbours_is_cheaper(self, lengths, overhead):
+        def cost(groups):
+            return sum(overhead + max(lengths[row] for row in group) * len(group) for group in groups)
+
+        groups = length_groups(lengths, overhead)
+        assert sorted(row for group in groups for row in group) == list(range(len(lengths)))
+        order = sorted(range(len(lengths)), key=lambda row: -lengths[row])
+        for cuts in itertools.product([False, True], repeat=len(lengths) - 1):
+            other = [[order[0]]]
+            for row, cut in zip(order[1:], cuts, strict=True):
+                other.append([row]) if cut else other[-1].append(row)
+            assert cost(groups) <= cost(other)
+
+    @given(st.lists(st.integers(1, 50), min_size=1, max_size=9), st.integers(1, 100))
+    def test_bound(self, lengths, max_tokens):
+        for group in length_groups(lengths, 1000, max_tokens):
+            assert len(group) == 1 or max(lengths[row] for row in group) * len(group) <= max_tokens
+
+    def test_nothing(self):
+        assert length_groups([], 10) == []
