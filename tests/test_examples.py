@@ -15,7 +15,11 @@ SMALL = ["--max_steps", "2", "--warm_up_episodes", "60", "--panel_size", "8", "-
 
 
 def run(tmp_path, script, *flags):
-    command = [sys.executable, str(EXAMPLES / script), "--output_dir", str(tmp_path), *flags]
+    return call(script, "--output_dir", str(tmp_path), *flags)
+
+
+def call(script, *flags):
+    command = [sys.executable, str(EXAMPLES / script), *flags]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr[-3000:]
@@ -45,3 +49,24 @@ def test_quickstart_on_scienceworld_with_a_given_model(tmp_path, tokenizer):
     tokenizer.save_pretrained(folder)
     flags = ["--environment", "scienceworld", "--model", str(folder), "--max_turns", "3", "--entropy_coef", "0.01"]
     check(tmp_path, run(tmp_path, "quickstart.py", *SMALL, *flags), "scienceworld")
+
+
+@pytest.mark.jvm
+def test_benchmark_of_environments(tmp_path):
+    results, figure = tmp_path / "results.json", tmp_path / "figure.png"
+    flags = ["--environments", "2", "1", "--steps", "6", "--json", str(results), "--plot", str(figure)]
+    stdout = call("benchmarks/environments.py", *flags)
+    rows = json.loads(results.read_text())["rows"]
+    arrangements = ["one JVM", "one JVM each"] * 2
+    assert [(row["environments"], row["arrangement"]) for row in rows] == list(
+        zip([1, 1, 2, 2], arrangements, strict=True)
+    )
+    for row in rows:
+        assert row["steps"] == 6
+        assert row["admissible_actions"] is False
+        assert 0 <= row["invalid_share"] < 1
+        assert min(row[name] for name in ("steps_per_s", "invalid_steps_per_s", "cpu_s")) > 0
+        assert 50 < row["jvm_rss_mb"] < 2000
+    assert rows[3]["jvm_rss_mb"] > 1.5 * rows[1]["jvm_rss_mb"]
+    assert len(stdout.splitlines()) == 1 + len(rows)
+    assert figure.stat().st_size > 0
