@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from accelerate.utils import DistributedType, gather, is_peft_model
+from accelerate.utils import DistributedType, gather, is_peft_model, set_seed
 from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
@@ -78,6 +78,7 @@ ATTRIBUTES = (
     "_entropy_bonus_enabled",
     "_metrics",
     "_step",
+    "_last_loaded_step",
     "_tokenizer",
     "_dist",
     "eos_token_ids",
@@ -157,6 +158,29 @@ class SeamedGRPOTrainer(GRPOTrainer):
         """Take completions from [`set_played_batch`] from now on, instead of generating them."""
         self.rollout_func = lambda prompts, trainer: dict(self._played_batch["fields"])
 
+    def prepare_vllm(self) -> None:
+        """Make a vLLM engine sample as the trainer's other generation does; called once."""
+        generation = self.vllm_generation
+        if self.args.vllm_enable_sleep_mode:
+            logger.warning_once(
+                "With `vllm_enable_sleep_mode` vLLM sleeps after every turn of a text episode, and each waking costs a "
+                "weight sync and the prefix cache."
+            )
+        # The engine knows the end-of-turn tokens of the model's folder, whose tokenizer may not be the trainer's.
+        generation.generation_kwargs = {"stop_token_ids": self.eos_token_ids, **generation.generation_kwargs}
+        if self.vllm_mode == "colocate" and self.args.vllm_tensor_parallel_size == 1:
+            # TRL starts the engine with a seed of its own, which also seeds this process.
+            set_seed(self.args.seed, device_specific=True)
+
+    @property
+    def vllm_context_length(self) -> int | None:
+        """The longest transcript, in tokens, that the vLLM engine takes; `None` where this process does not know."""
+        if self.vllm_mode == "colocate":
+            return self.vllm_generation.llm.llm_engine.model_config.max_model_len
+        if not self.accelerator.is_main_process:
+            return None
+        return self.vllm_generation.vllm_client.get_server_info()["model_config"]["max_model_len"]
+
     def set_played_batch(
         self,
         prompt_ids: list[list[int]],
@@ -217,6 +241,10 @@ class SeamedGRPOTrainer(GRPOTrainer):
                 logger.warning_once(f"Each turn of a text episode reads its whole transcript again: {unfit}.")
             self.model.eval()
             try:
+                if self.use_vllm and self.state.global_step != self._last_loaded_step:
+                    # Every process at once, also one that will have nothing to ask
+                    self.vllm_generation.sync_weights()
+                    self._last_loaded_step = self.state.global_step
                 yield RequestTurnSampler(self._generate_request)
             finally:
                 self.model.train(was_training)

@@ -197,8 +197,10 @@ class EPOTrainer(SeamedGRPOTrainer):
         self.use_played_episodes()
         self._chat = ChatEncoder(self._tokenizer, self.eos_token_ids, self.chat_template, self.chat_template_kwargs)
         context_length = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
-        if self.args.use_vllm and self.args.vllm_max_model_length is not None:
-            context_length = min(context_length or math.inf, self.args.vllm_max_model_length)
+        if self.args.use_vllm:
+            self.prepare_vllm()
+            bounds = (context_length, self.args.vllm_max_model_length, self.vllm_context_length)
+            context_length = min(bound for bound in bounds if bound is not None)
         if self.args.max_completion_length is None:
             self.max_completion_length = context_length or self.args.max_turns * 2 * self.args.max_turn_length
         self._episode_limits = Limits(
