@@ -26,6 +26,7 @@ from trl_epo.generation import (
     make_logits_processors,
     unfit_for_cached_sampler,
 )
+from trl_epo.kv_cache import EpisodeCache
 
 
 EOS, PAD = 2, 0
@@ -197,6 +198,15 @@ def test_ended_episodes_leave_the_cache(model):
         greedy.drop(episode)
     sample(greedy, {5: [7], 6: [7], 7: [7]}, limit=2)
     assert greedy._cache.layers[0].keys.size(0) == 3
+
+
+@pytest.mark.parametrize(("num_rows", "remedy"), [(1000, "max_concurrent_episodes` below 1000"), (1, "Not even one")])
+def test_a_cache_that_does_not_fit_says_what_to_do(model, num_rows, remedy):
+    cache = EpisodeCache(num_layers=2, device=torch.device("cpu"))
+    cache.resize(num_rows)
+    cache.aim([0], torch.tensor([[1]]), extent=10**15 // num_rows)
+    with pytest.raises(MemoryError, match=remedy):
+        cache.update(torch.ones(1, 2, 1, 8), torch.ones(1, 2, 1, 8), layer_idx=0)
 
 
 def test_padding_is_not_read_when_lengths_differ_much(model):

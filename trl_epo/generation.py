@@ -335,7 +335,7 @@ class CachedTurnSampler:
             scores = torch.cat(scores)
         else:
             scores = self.processors(None, logits)
-        drawn = torch.multinomial(scores.softmax(dim=-1), num_samples=1)  # (rows, 1)
+        drawn = _draw(scores.softmax(dim=-1))  # (rows, 1)
         logprobs = (logits / self.temperature).log_softmax(dim=-1).gather(1, drawn)  # (rows, 1)
         finished = []
         for row, token, logprob in zip(rows, drawn.flatten().tolist(), logprobs.flatten().tolist(), strict=True):
@@ -347,6 +347,19 @@ class CachedTurnSampler:
                 finished.append(row)
         self._running = [row for row in self._running if row not in finished]
         return finished
+
+
+def _draw(probabilities: Tensor) -> Tensor:
+    """
+    A token for each row, (rows, 1): where the cumulated probabilities, (rows, vocabulary), pass a random number. On a
+    CPU this takes a third of the time of `torch.multinomial`, which draws a random number for every token.
+    """
+    dtype = torch.float32 if probabilities.device.type == "mps" else torch.float64  # MPS has no float64
+    cumulated = probabilities.cumsum(dim=-1, dtype=dtype)
+    random = torch.rand(len(probabilities), 1, dtype=dtype, device=probabilities.device)
+    # `right`: never a token of probability 0
+    drawn = torch.searchsorted(cumulated, random * cumulated[:, -1:], right=True)
+    return drawn.clamp(max=probabilities.size(1) - 1)
 
 
 def _groups(rows: list[_Row], lengths: list[int]) -> list[list[_Row]]:

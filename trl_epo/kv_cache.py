@@ -2,20 +2,12 @@
 
 import torch
 from torch import Tensor
-from transformers import Cache, PretrainedConfig
+from transformers import Cache
 from transformers.cache_utils import CacheLayerMixin
 
 
 GROWTH = 1.25  # buffers that are full grow by this factor
 COLUMN_STEP = 64  # and to a multiple of this many columns
-
-
-def cache_bytes_per_token(config: PretrainedConfig, dtype: torch.dtype) -> int:
-    """Bytes that one token of one episode takes in the cache of such a model."""
-    config = config.get_text_config()
-    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    return 2 * config.num_hidden_layers * heads * head_dim * dtype.itemsize
 
 
 class _Layer(CacheLayerMixin):
@@ -52,10 +44,10 @@ class _Layer(CacheLayerMixin):
             gib = (
                 2 * len(self.cache.layers) * rows * columns * like.size(1) * like.size(3) * like.element_size() / 2**30
             )
+            fewer = f"Set `max_concurrent_episodes` below {rows}, or lower" if rows > 1 else "Not even one fits: lower"
             raise MemoryError(
                 f"The key/value cache of {rows} episodes at once, {columns} tokens each, needs {gib:.1f} GiB on "
-                f"{like.device}, which is not free. Set `max_concurrent_episodes` below {rows}, or lower "
-                "`max_completion_length`."
+                f"{like.device}, which is not free. {fewer} `max_completion_length`."
             ) from error
         if old is not None:
             rows, columns = min(rows, old.size(0)), min(columns, old.size(2))

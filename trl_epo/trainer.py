@@ -156,6 +156,11 @@ class EPOTrainer(SeamedGRPOTrainer):
                     "each, but episodes end at different turns. Use `vllm_mode='colocate'` with "
                     "`vllm_tensor_parallel_size=1`."
                 )
+            if not args.ds3_gather_for_generation and not args.use_vllm and args.world_size > 1:
+                raise ValueError(
+                    "`ds3_gather_for_generation=False` makes every process call the model equally often, but text "
+                    "episodes end at different turns. Leave it `True`, or use vLLM."
+                )
             if train_dataset is None:
                 train_dataset = placeholder_dataset(args, self._environments)
             check_first_row(self._environments, train_dataset)

@@ -1,0 +1,83 @@
+"""Environments in processes of their own: real processes, really killed."""
+
+import os
+import signal
+
+import psutil
+import pytest
+from conftest import Corridor
+
+from trl_epo import check_env
+from trl_epo.envs.household import Household
+from trl_epo.envs.process import ProcessEnv
+
+
+class Telling(Corridor):
+    """Tells about its process."""
+
+    def step(self, action):
+        *answer, info = super().step(action)
+        return *answer, {**info, "pid": os.getpid()}
+
+
+@pytest.fixture
+def env():
+    env = ProcessEnv(lambda: Telling(length=99))
+    yield env
+    env.close()
+
+
+def test_keeps_to_the_contract():
+    env = ProcessEnv(Household)
+    check_env(env)
+    env.close()
+
+
+def test_plays_as_in_one_process():
+    there, here = ProcessEnv(lambda: Household(turns=5)), Household(turns=5)
+    for seed in (1, 2):
+        assert there.reset(seed=seed) == here.reset(seed=seed)
+        for action in ("look", "open fridge", "nonsense", "look", "look"):
+            assert there.step(action) == here.step(action)
+    there.close()
+
+
+def test_a_process_of_its_own_that_ends_with_it(env):
+    env.reset(seed=0)
+    pid = env.step("r")[-1]["pid"]
+    assert pid != os.getpid()
+    assert psutil.pid_exists(pid)
+    env.reset(seed=1)
+    assert env.step("r")[-1]["pid"] == pid
+    env.close()
+    assert not psutil.pid_exists(pid)
+    env.close()  # a second time does nothing
+    env.reset(seed=0)  # and it may be used again
+    assert env.step("r")[-1]["pid"] != pid
+
+
+def test_the_process_does_not_import_torch():
+    env = ProcessEnv(Household)
+    env.reset(seed=0)
+    (worker,) = [c for c in psutil.Process().children() if "LokyProcess" in " ".join(c.cmdline())]
+    assert worker.memory_info().rss < 150 * 2**20
+    env.close()
+
+
+def test_a_killed_process_costs_its_episode(env):
+    env.reset(seed=0)
+    os.kill(env.step("r")[-1]["pid"], signal.SIGKILL)
+    with pytest.raises(RuntimeError, match="process died"):
+        for _ in range(5):  # the pipe may take what is said to a dead process
+            env.step("r")
+    with pytest.raises(RuntimeError, match="call env.reset"):
+        env.step("r")
+    assert env.reset(seed=0)[0].startswith("You are at")
+
+
+def test_an_exception_is_the_environments_own():
+    env = ProcessEnv(Household)
+    with pytest.raises(ValueError, match="Unknown options"):
+        env.reset(options={"nonsense": 1})
+    assert env.reset(seed=0)
+    env.close()
