@@ -70,3 +70,39 @@ def test_benchmark_of_environments(tmp_path):
     assert rows[3]["jvm_rss_mb"] > 1.5 * rows[1]["jvm_rss_mb"]
     assert len(stdout.splitlines()) == 1 + len(rows)
     assert figure.stat().st_size > 0
+
+
+def benchmark(tmp_path, script, *flags):
+    results, figure = tmp_path / "results.json", tmp_path / "figure.png"
+    call(
+        f"benchmarks/{script}",
+        "--model",
+        "tiny",
+        "--threads",
+        "1",
+        "--json",
+        str(results),
+        "--plot",
+        str(figure),
+        *flags,
+    )
+    assert figure.exists()
+    return json.loads(results.read_text())["rows"]
+
+
+def test_benchmark_of_rollouts(tmp_path):
+    rows = benchmark(tmp_path, "rollout_speed.py", "--turns", "2", "7", "--episodes", "4")
+    assert [row["turns"] for row in rows] == [2, 7]
+    for row in rows:
+        assert row["episodes"] == 4
+        assert row["ours_tokens"] == row["trl_tokens"] > 20 * row["turns"]  # the comparison is of equal episodes
+        assert min(row["ours_cpu_s"], row["trl_cpu_s"], row["floor_cpu_s"]) > 0
+    assert rows[1]["last_turn_over_fifth"] > 0
+
+
+def test_benchmark_of_the_training_step(tmp_path):
+    flags = ["--tokens", "200", "--episodes", "4", "--micro_batch", "2", "--repeats", "1"]
+    equal, ragged = benchmark(tmp_path, "train_step.py", *flags)
+    assert (equal["lengths"], ragged["lengths"]) == ("equal", "ragged")
+    assert min(equal["ours_cpu_s"], equal["trl_cpu_s"], ragged["ours_cpu_s"], ragged["trl_cpu_s"]) > 0
+    assert "epo_term_cpu_s" in equal
