@@ -8,6 +8,7 @@ from conftest import Corridor, make_model
 from datasets import Dataset
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from transformers import MixtralConfig, MixtralForCausalLM
 from trl import GRPOTrainer
 from trl.trainer.utils import add_fused_lm_head
 
@@ -79,7 +80,7 @@ def test_computes_neither_padding_nor_the_head_elsewhere(fused_model):
     scored[:, 5] = 1
     scores = score_tokens(fused_model, fused_model.base_model, ids, attention, scored)
     hook.remove()
-    assert seen == [(1, 1000), (3, 40)]
+    assert seen == [(1, 405), (3, 17)]  # up to the token before the scored one
     assert (scores.logprobs != 0).sum() == 4
 
 
@@ -93,7 +94,7 @@ def test_rows_without_a_scored_token_are_not_computed(fused_model):
     )
     score_tokens(fused_model, fused_model.base_model, ids, attention, scored)
     hook.remove()
-    assert seen == [(1, 10)]
+    assert seen == [(1, 7)]
 
 
 def test_nothing_to_score_gives_zeros_that_reach_every_weight(fused_model):
@@ -102,6 +103,24 @@ def test_nothing_to_score_gives_zeros_that_reach_every_weight(fused_model):
     assert not scores.logprobs.any()
     assert not gradients(fused_model, scores.logprobs.sum() + scores.entropies.sum()).any()
     assert all(parameter.grad is not None for parameter in fused_model.parameters())
+
+
+def test_load_balancing_loss_is_trls(tmp_path):
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
+    config = MixtralConfig(
+        vocab_size=50, num_key_value_heads=2, num_local_experts=4, output_router_logits=True, **sizes
+    )
+    model = MixtralForCausalLM(config)
+    add_fused_lm_head(model, temperature=0.7, outputs=("log_probs", "entropy"))
+    ids, attention, width = batch([10, 400, 10, 12], [20, 600, 30, 8])
+    scored = attention[:, -width:] * (torch.rand(4, width) < 0.2)
+    labels = ids.masked_fill(attention == 0, -100)
+    extras = {"attention_mask": attention, "output_router_logits": True, "fused_lm_head": True}
+    expected = model(input_ids=ids, labels=labels, **extras)
+    scores = score_tokens(model, model.base_model, ids, attention, scored, max_rows=1, aux_loss=True)
+    torch.testing.assert_close(scores.aux_loss, expected.aux_loss, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(scores.logprobs, expected.log_probs[:, -width:] * scored, atol=1e-5, rtol=1e-5)
 
 
 class FullTrainer(EPOTrainer):

@@ -1,5 +1,6 @@
 """Log-probabilities and entropies of action tokens: the only ones that carry loss, and the only ones computed."""
 
+import math
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -19,7 +20,7 @@ class Scores(NamedTuple):
     Args:
         logprobs (`Tensor`): (B, T), in nats; 0 at tokens that were not to be scored.
         entropies (`Tensor` or `None`): (B, T), in nats; 0 at tokens that were not to be scored.
-        aux_loss (`Tensor` or `None`): The mean of the groups' load-balancing losses (mixture of experts).
+        aux_loss (`Tensor` or `None`): The load-balancing loss (mixture of experts).
     """
 
     logprobs: Tensor
@@ -53,25 +54,28 @@ def score_tokens(
     """
     num_rows, num_scored = scored.shape
     is_token = attention_mask.bool()
-    lengths = is_token.sum(dim=1)
     order = (~is_token).to(torch.uint8).argsort(dim=1, stable=True)  # a row's own tokens first
     packed_ids = input_ids.gather(1, order)
-    places = is_token.cumsum(dim=1) - 1  # where each token is in `packed_ids`
-    chosen = scored.bool() & is_token[:, -num_scored:] & (places[:, -num_scored:] > 0)
+    places = is_token.cumsum(dim=1)[:, -num_scored:] - 1  # of the last T tokens in `packed_ids`
+    chosen = scored.bool() & is_token[:, -num_scored:] & (places > 0)
 
+    # A token's score comes from the hidden state before it, so what follows the last chosen token is not needed either;
+    # but the load-balancing loss is one over all tokens.
+    lengths = is_token.sum(dim=1) if aux_loss else (places * chosen).amax(dim=1)
     row_lengths = lengths.tolist()
-    max_tokens = max_rows * max(row_lengths) if max_rows else float("inf")
-    groups = length_groups(row_lengths, GROUP_OVERHEAD, max_tokens) if split else [list(range(num_rows))]
-    has_chosen = chosen.any(dim=1).tolist()
-    groups = [group for group in groups if any(has_chosen[row] for row in group)] or groups[-1:]
+    needed = [row for row in range(num_rows) if row_lengths[row]] or [0]
+    max_tokens = max_rows * max(row_lengths) if max_rows else math.inf
+    groups = [range(len(needed))]
+    if split and not aux_loss:
+        groups = length_groups([row_lengths[row] for row in needed], GROUP_OVERHEAD, max_tokens)
     found: list[tuple[Tensor, Tensor]] = []
-    values: list[tuple[Tensor, Tensor | None, Tensor | None]] = []
+    values: list[tuple[Tensor, Tensor | None]] = []
     for group in groups:
-        rows = torch.tensor(group, device=input_ids.device)
-        width = max(row_lengths[row] for row in group)
+        rows = torch.tensor([needed[index] for index in group], device=input_ids.device)
+        width = max(1, *(row_lengths[needed[index]] for index in group))
         row, column = chosen[rows].nonzero(as_tuple=True)
-        before = row * width + places[rows][row, column + input_ids.size(1) - num_scored] - 1
-        targets = input_ids[rows][row, column + input_ids.size(1) - num_scored]
+        before = row * width + places[rows][row, column] - 1
+        targets = input_ids[rows, -num_scored:][row, column]
         if not len(before):  # something must be scored, so that the result is connected to the weights
             before, targets = before.new_zeros(1), targets.new_zeros(1)
         # The mask would say what is so anyway: padding comes last, where no token looks.
@@ -81,7 +85,7 @@ def score_tokens(
                 input_ids=packed_ids[rows, :width], shift_labels=targets[None], fused_lm_head=True, **extras
             )
         found.append((rows[row], column))
-        values.append((outputs.log_probs[0], outputs.entropy, outputs.aux_loss))
+        values.append((outputs.log_probs[0], outputs.entropy))
     where = tuple(torch.cat(part) for part in zip(*found, strict=True))
 
     def spread(parts: list[Tensor]) -> Tensor:
@@ -90,11 +94,11 @@ def score_tokens(
             return together.new_zeros(num_rows, num_scored) + 0.0 * together.sum()
         return together.new_zeros(num_rows, num_scored).index_put(where, together)
 
-    logprobs, entropies, aux_losses = zip(*values, strict=True)
+    logprobs, entropies = zip(*values, strict=True)
     return Scores(
         logprobs=spread(list(logprobs)),
         entropies=None if entropies[0] is None else spread([entropy[0] for entropy in entropies]),
-        aux_loss=torch.stack(aux_losses).mean() if aux_loss else None,
+        aux_loss=outputs.aux_loss if aux_loss else None,
     )
 
 
