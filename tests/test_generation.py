@@ -10,9 +10,11 @@ from hypothesis import strategies as st
 from transformers import (
     AutoModelForCausalLM,
     BloomConfig,
+    FalconConfig,
     Gemma2Config,
     Gemma3TextConfig,
     GPT2Config,
+    GPTNeoConfig,
     Lfm2Config,
     LlamaConfig,
     LogitsProcessorList,
@@ -23,6 +25,7 @@ from transformers import (
 from trl_epo.generation import (
     CachedTurnSampler,
     RequestTurnSampler,
+    _draw,
     make_logits_processors,
     unfit_for_cached_sampler,
 )
@@ -183,11 +186,15 @@ def test_a_prompt_is_read_once_for_its_group(model):
     prompt = list(range(3, 43))
     sample(greedy, dict.fromkeys(range(4), prompt), limit=1)
     assert read == [(1, 39), (4, 1)]
-    # episodes that follow take over what an ended one has read
+    # an episode that follows copies what a running one has read, or takes over what an ended one has
     greedy.drop(2)
     read.clear()
     sample(greedy, {4: prompt}, limit=1)
     assert read == [(1, 1)]
+    for episode in (0, 1, 3, 4):
+        greedy.drop(episode)
+    sample(greedy, {5: prompt}, limit=1)
+    assert read == [(1, 1), (1, 1)]
 
 
 def test_ended_episodes_leave_the_cache(model):
@@ -217,6 +224,35 @@ def test_padding_is_not_read_when_lengths_differ_much(model):
     greedy = sampler(model, LogitsProcessorList([Greedy()]))
     sample(greedy, {0: [5] * 900, 1: [6] * 30, 2: [7] * 25}, limit=1)
     assert read == [(1, 899), (2, 29), (3, 1)]
+
+
+def test_after_turns_were_added_the_others_have_missed_nothing(model):
+    greedy = sampler(model, LogitsProcessorList([Never(EOS)]))
+    greedy.add(0, [5, 6], 1)
+    greedy.add(1, [5, 7], 50)
+    while not greedy.wants_turns:
+        greedy.advance()
+    greedy.add(0, [8], 1)
+    greedy.advance()
+    assert not greedy.wants_turns
+
+
+class TestDraw:
+    def test_never_a_token_of_probability_zero(self, monkeypatch):
+        for number, token in ((0.0, 2), (1.0 - 1e-16, 3)):
+            monkeypatch.setattr(torch, "rand", lambda *size, value=number, **kwargs: torch.full(size, value, **kwargs))
+            assert _draw(torch.tensor([[0.0, 0.0, 0.25, 0.75, 0.0]])).tolist() == [[token]]
+
+    def test_rows_need_not_sum_to_one(self):
+        torch.manual_seed(0)
+        drawn = _draw(torch.tensor([[0.001, 0.003]]).expand(4000, 2))
+        assert float(drawn.float().mean()) == pytest.approx(0.75, abs=0.03)
+
+    def test_a_model_that_diverged_is_an_error(self, model):
+        with torch.no_grad():
+            model.lm_head.weight.fill_(float("nan"))
+        with pytest.raises(RuntimeError, match="logits are not finite"):
+            sample(sampler(model, make_logits_processors()), {0: [5, 6]}, limit=2)
 
 
 def test_a_late_turn_does_not_hold_up_the_others(model):
@@ -320,6 +356,8 @@ def test_unknown_generation_setting_is_refused():
         (Gemma2Config(attn_implementation="eager"), None),
         (LlamaConfig(attn_implementation="flex_attention"), "flex_attention"),
         (BloomConfig(), "position_ids"),
+        (FalconConfig(alibi=True), "of its own"),
+        (GPTNeoConfig(), "of its own"),
         (Lfm2Config(layer_types=["conv", "full_attention"], num_hidden_layers=2), "conv"),
     ],
 )

@@ -4,6 +4,7 @@ import threading
 import time
 
 import gymnasium
+import numpy as np
 import pytest
 from conftest import Corridor
 from hypothesis import given
@@ -257,6 +258,42 @@ class TestFaults:
     def test_action_parser_that_raises(self, play):
         (episode,) = play(Corridor, parser=lambda text: text.split("never")[1])
         assert "IndexError" in episode.failure
+
+    @pytest.mark.parametrize(
+        "info", [{"success": np.array([1, 0])}, {"task": type("T", (), {"__str__": lambda self: 1 / 0})()}]
+    )
+    def test_info_that_cannot_be_read(self, play, info):
+        class Odd(Corridor):
+            def step(self, action):
+                return *super().step(action)[:-1], info
+
+        factories = {"good": lambda: Corridor(turns=4), "bad": Odd}
+        good, bad = play(factories, names=["good", "bad"], parser=lambda text: "x")
+        assert (good.failed, bad.failed) == (False, True)
+
+    def test_exit_with_an_error_that_cannot_be_shown(self, play):
+        class Evil(BaseException):
+            def __repr__(self):
+                raise ValueError
+
+        def fault(*answer):
+            raise Evil
+
+        (episode,) = play(lambda: Faulty(fault, 1), parser=lambda text: "x")
+        assert "It raised Evil" in episode.failure
+
+    def test_an_interruption_closes_the_environments_in_use(self, play, samplers):
+        closed = [threading.Event() for _ in range(3)]
+        names = {
+            str(i): lambda event=event: Faulty(lambda *answer: answer, 0, event) for i, event in enumerate(closed)
+        }
+
+        def interrupt(text):
+            raise KeyboardInterrupt
+
+        with pytest.raises(KeyboardInterrupt):
+            play(names, names=list(names), parser=interrupt)
+        assert all(event.wait(timeout=10) for event in closed)
 
     def test_all_fail(self, play):
         episodes = play(lambda: Faulty(crash, 0), num=2)

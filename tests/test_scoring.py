@@ -105,6 +105,24 @@ def test_nothing_to_score_gives_zeros_that_reach_every_weight(fused_model):
     assert all(parameter.grad is not None for parameter in fused_model.parameters())
 
 
+def test_neither_padding_nor_a_first_token_has_a_score(fused_model):
+    ids, attention, _ = batch([3, 1], [4, 6])
+    scored = torch.ones(2, 9, dtype=torch.long)  # the whole width
+    scores = score_tokens(fused_model, fused_model.base_model, ids, attention, scored)
+    assert (scores.logprobs != 0).sum(dim=1).tolist() == [6, 6]  # seven tokens each
+
+
+def test_forwards_are_bounded(fused_model):
+    seen = []
+    hook = fused_model.model.register_forward_pre_hook(
+        lambda module, args, kwargs: seen.append(tuple(kwargs["input_ids"].shape)), with_kwargs=True
+    )
+    ids, attention, width = batch([5] * 6, [6] * 6)
+    score_tokens(fused_model, fused_model.base_model, ids, attention, attention[:, -width:], max_rows=2)
+    hook.remove()
+    assert seen == [(2, 10)] * 3
+
+
 def test_load_balancing_loss_is_trls(tmp_path):
     torch.manual_seed(0)
     sizes = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}

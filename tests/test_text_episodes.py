@@ -7,7 +7,9 @@ import pytest
 import torch
 from conftest import CHATML, Corridor, make_model
 from datasets import Dataset, IterableDataset
-from transformers import MistralConfig, MistralForCausalLM
+from peft import LoraConfig, PromptTuningConfig
+from torch.profiler import profile
+from transformers import BloomConfig, BloomForCausalLM
 
 from trl_epo import EPOConfig, EPOTrainer
 
@@ -429,8 +431,6 @@ class TestBadInput:
 
 class TestWithTrl:
     def test_peft_and_iterations(self, tmp_path, tokenizer):
-        from peft import LoraConfig
-
         lora = LoraConfig(r=4, target_modules=["q_proj", "v_proj"], init_lora_weights=False)
         trainer = make_trainer(
             tmp_path, tokenizer, trainer_kwargs={"peft_config": lora}, num_iterations=2, max_steps=4, beta=0.1
@@ -456,23 +456,42 @@ class TestWithTrl:
         assert make_trainer(tmp_path, tokenizer).max_completion_length == 1024
         assert make_trainer(tmp_path, tokenizer, max_completion_length=33).max_completion_length == 33
 
-    def test_sliding_window_model_takes_trls_generation(self, tmp_path, tokenizer):
-        config = MistralConfig(
-            vocab_size=400,
-            hidden_size=32,
-            intermediate_size=64,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-            max_position_embeddings=512,
-            sliding_window=16,
-            bos_token_id=None,
-            eos_token_id=2,
-            pad_token_id=0,
+    def test_bf16_autocast_samples_what_it_trains(self, tmp_path, tokenizer):
+        trainer = make_trainer(tmp_path, tokenizer, bf16=True)
+        trainer.model.train()
+        inputs = trainer._prepare_inputs(next(iter(trainer.get_train_dataloader())))
+        ids = torch.cat([inputs["prompt_ids"], inputs["completion_ids"]], dim=1)
+        attention = torch.cat([inputs["prompt_mask"], inputs["completion_mask"]], dim=1)
+        score = trainer._get_per_token_logps_and_entropies
+        logprobs, _, _ = score(trainer.model, ids, attention, inputs["completion_ids"].size(1))
+        mask = inputs["turn_ids"] >= 0
+        difference = (inputs["sampling_per_token_logps"][mask] - logprobs[mask].detach()).abs()
+        assert 0.0 < float(difference.mean()) < 0.02
+
+    def test_prompt_tuning_is_refused(self, tmp_path, tokenizer):
+        peft_config = PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4)
+        with pytest.raises(ValueError, match="prompt-learning adapter"):
+            make_trainer(tmp_path, tokenizer, trainer_kwargs={"peft_config": peft_config})
+
+    def test_frozen_weights_are_cast_once_for_a_rollout(self, tmp_path, tokenizer):
+        trainer = make_trainer(tmp_path, tokenizer, bf16=True, trainer_kwargs={"peft_config": LoraConfig(r=2)})
+        frozen = [weight for weight in trainer.model.parameters() if not weight.requires_grad]
+        with trainer.turn_sampler() as sampler, profile(record_shapes=True) as profiler:
+            sampler.add(0, [5, 6, 7], 20)
+            while sampler.is_busy:
+                sampler.advance()
+        shapes = [list(weight.shape) for weight in frozen if weight.dim() == 2]
+        casts = [e for e in profiler.events() if e.name == "aten::_to_copy" and e.input_shapes[0] in shapes]
+        assert 0 < len(casts) <= len(shapes)
+        assert not any(weight.requires_grad for weight in frozen)
+
+    def test_trls_generation_for_models_that_do_not_fit(self, tmp_path, tokenizer):
+        config = BloomConfig(
+            vocab_size=400, hidden_size=32, n_layer=2, n_head=4, bos_token_id=None, eos_token_id=2, pad_token_id=0
         )
         args = EPOConfig(str(tmp_path), **BASE)
         trainer = EPOTrainer(
-            MistralForCausalLM(config),
+            BloomForCausalLM(config),
             args=args,
             train_dataset=ROWS,
             processing_class=tokenizer,

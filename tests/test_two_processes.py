@@ -4,19 +4,29 @@ import json
 import os
 import subprocess
 import sys
+from itertools import count
 from pathlib import Path
 
+import torch
 from conftest import Corridor, make_model, make_tokenizer
 
 from trl_epo import EPOConfig, EPOTrainer
 
 
 class Recording(Corridor):
+    """Notes its seeds. On the first process one environment begins with a long text, on the second none."""
+
     seeds = []
+    numbers = count()
+
+    def __init__(self):
+        super().__init__()
+        self.is_long = next(Recording.numbers) == 1 and os.environ["RANK"] == "0"
 
     def reset(self, *, seed=None, options=None):
         Recording.seeds.append(seed)
-        return super().reset(seed=seed, options=options)
+        observation, info = super().reset(seed=seed, options=options)
+        return observation + " Look!" * 150 * self.is_long, info
 
 
 def train(folder: str) -> None:
@@ -37,8 +47,13 @@ def train(folder: str) -> None:
         disable_tqdm=True,
     )
     trainer = EPOTrainer(make_model(), args=args, processing_class=make_tokenizer(), environment_factory=Recording)
+    forwards = []
+    trainer.model.model.register_forward_pre_hook(
+        lambda module, args, kwargs: forwards.append(torch.is_grad_enabled()), with_kwargs=True
+    )
     trainer.train()
     state = {
+        "training_forwards": sum(forwards),
         "history": trainer.entropy_history.state_dict(),
         "seeds": Recording.seeds[1:],
         "weights": sum(float(parameter.double().abs().sum()) for parameter in trainer.model.parameters()),
@@ -57,6 +72,8 @@ def test_history_weights_and_groups_are_shared(tmp_path):
     assert first["history"] == second["history"]
     assert len(first["history"]["means"]) == 2
     assert first["weights"] == second["weights"]
+    # One process needs more forwards than the other, and neither waits for ever.
+    assert (first["training_forwards"], second["training_forwards"]) == (6, 3)
     # A group of eight: four episodes on each process, one seed; a new one each step.
     assert first["seeds"] == second["seeds"]
     assert [first["seeds"].count(seed) for seed in sorted(set(first["seeds"]))] == [4, 4, 4]

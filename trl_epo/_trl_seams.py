@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from accelerate.utils import DistributedType, gather, is_peft_model, set_seed
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import logging
@@ -108,6 +108,20 @@ class ResumableRepeatSampler(RepeatSampler):
             self.generator.manual_seed(self.seed)
             for _ in range(epoch):
                 torch.randperm(self.num_samples, generator=self.generator)
+
+
+@contextmanager
+def _kept_casts(model: nn.Module) -> Iterator[None]:
+    """Let autocast keep what it casts of frozen weights too (an adapter's base); it does so if they want a gradient."""
+    weights = list(model.parameters()) if torch.is_autocast_enabled(next(model.parameters()).device.type) else []
+    frozen = [weight for weight in weights if not weight.requires_grad and weight.is_floating_point()]
+    for weight in frozen:
+        weight.requires_grad_(True)
+    try:
+        yield
+    finally:
+        for weight in frozen:
+            weight.requires_grad_(False)
 
 
 class SeamedGRPOTrainer(GRPOTrainer):
@@ -258,6 +272,7 @@ class SeamedGRPOTrainer(GRPOTrainer):
             ) as model,
             self._dist.summon_full_params(self.model_wrapped, recurse=False),
             self.accelerator.autocast(),  # around all forwards, so that it casts each weight once
+            _kept_casts(model),
         ):
             model.eval()
             settings = {name: getattr(self, name) for name in SAMPLING_SETTINGS} | (self.args.generation_kwargs or {})
@@ -271,6 +286,11 @@ class SeamedGRPOTrainer(GRPOTrainer):
                 )
             finally:
                 model.train(was_training)
+
+    @property
+    def learns_prompts(self) -> bool:
+        """Whether an adapter puts virtual tokens before the prompt."""
+        return is_peft_model(self.model) and self.model.active_peft_config.is_prompt_learning
 
     def _causal_lm(self, model) -> PreTrainedModel:
         model = self.accelerator.unwrap_model(model)
@@ -299,7 +319,7 @@ class SeamedGRPOTrainer(GRPOTrainer):
         compute_aux_loss=False,
         **multimodal,
     ):
-        if self._loss_mask is None or any(value is not None for value in multimodal.values()):
+        if self._loss_mask is None or self.learns_prompts or any(value is not None for value in multimodal.values()):
             outputs = super()._get_per_token_logps_and_entropies(
                 model,
                 input_ids,
@@ -319,8 +339,9 @@ class SeamedGRPOTrainer(GRPOTrainer):
                     attention_mask,
                     self._loss_mask,
                     max_rows=batch_size,
-                    # With sharded weights every process must call the model equally often.
-                    split=self.accelerator.distributed_type in (DistributedType.NO, *REPLICATED),
+                    # With sharded weights, or buffers that are broadcast, every process must call it equally often.
+                    split=self.accelerator.distributed_type in (DistributedType.NO, *REPLICATED)
+                    and not getattr(model, "broadcast_buffers", False),
                     aux_loss=compute_aux_loss,
                 )
             outputs = (scores.logprobs, scores.entropies if compute_entropy else None, scores.aux_loss)

@@ -147,6 +147,9 @@ class EPOConfig(GRPOConfig):
     def __post_init__(self):
         if not self.use_cpu and not torch.accelerator.is_available():
             self.use_cpu = True
+        if self.ddp_broadcast_buffers is None:
+            # A collective operation in every forward, of which processes with different episodes make different numbers.
+            self.ddp_broadcast_buffers = False
         super().__post_init__()
         self._check_entropy_terms()
         self._check_episodes()

@@ -53,6 +53,11 @@ class EnvironmentWorker:
         """Have the environment closed after what it still has to do; do not wait for it. An error in it is logged."""
         self._tasks.put(None)
 
+    @property
+    def is_alive(self) -> bool:
+        """Whether it is still to be closed."""
+        return self._thread.is_alive()
+
     def join(self, timeout: float) -> None:
         """Wait until it is closed, at most `timeout` seconds."""
         self._thread.join(timeout)
@@ -67,7 +72,9 @@ def _work(factory: EnvironmentFactory, tasks: SimpleQueue) -> None:
                 env = factory()
             answer = function(env)
         except BaseException as error:  # an environment that calls `sys.exit` fails like any other
-            future.set_exception(error if isinstance(error, Exception) else RuntimeError(f"It raised {error!r}."))
+            future.set_exception(
+                error if isinstance(error, Exception) else RuntimeError(f"It raised {type(error).__name__}.")
+            )
         else:
             future.set_result(answer)
     try:
@@ -89,6 +96,7 @@ class EnvironmentPool:
         self.named = isinstance(factory, dict)
         self._factories = factory if self.named else {None: factory}
         self._idle: dict[str | None, list[EnvironmentWorker]] = {name: [] for name in self._factories}
+        self._closing: list[EnvironmentWorker] = []
 
     @property
     def names(self) -> list[str | None]:
@@ -104,11 +112,16 @@ class EnvironmentPool:
         """Keep an environment for later."""
         self._idle[name].append(worker)
 
+    def discard(self, worker: EnvironmentWorker) -> None:
+        """Have an environment closed that is not to be used again."""
+        worker.close()
+        self._closing = [other for other in self._closing if other.is_alive] + [worker]
+
     def close(self) -> None:
         """Have all idle environments closed."""
-        workers = [worker for idle in self._idle.values() for worker in idle]
-        for worker in workers:
-            worker.close()
+        for idle in self._idle.values():
+            while idle:
+                self.discard(idle.pop())
         if not threading.main_thread().is_alive():  # the process ends, and its daemon threads with it
-            for worker in workers:
+            for worker in self._closing:
                 worker.join(CLOSING_TIME)

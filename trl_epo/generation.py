@@ -127,6 +127,8 @@ def unfit_for_cached_sampler(model: PreTrainedModel) -> str | None:
     over the whole context or over a sliding window, and take the mask they are given.
     """
     config = model.config.get_text_config()
+    if getattr(config, "alibi", False) or config.model_type == "gpt_neo":
+        return "it makes positions or masks of its own"
     layers = set(getattr(config, "layer_types", None) or ["full_attention"])
     if not layers <= {"full_attention", "sliding_attention"}:
         return f"its layers are of the types {', '.join(sorted(layers))}"
@@ -336,9 +338,14 @@ class CachedTurnSampler:
         else:
             scores = self.processors(None, logits)
         drawn = _draw(scores.softmax(dim=-1))  # (rows, 1)
-        logprobs = (logits / self.temperature).log_softmax(dim=-1).gather(1, drawn)  # (rows, 1)
+        logprobs = (logits / self.temperature).log_softmax(dim=-1).gather(1, drawn.clamp(min=0))  # (rows, 1)
         finished = []
         for row, token, logprob in zip(rows, drawn.flatten().tolist(), logprobs.flatten().tolist(), strict=True):
+            if token < 0:
+                raise RuntimeError(
+                    "There is no token to sample: the model's logits are not finite (has training diverged?), or the "
+                    "generation settings suppress all tokens."
+                )
             row.tokens.append(token)
             row.token_ids.append(token)
             row.logprobs.append(logprob)
@@ -351,15 +358,15 @@ class CachedTurnSampler:
 
 def _draw(probabilities: Tensor) -> Tensor:
     """
-    A token for each row, (rows, 1): where the cumulated probabilities, (rows, vocabulary), pass a random number. On a
+    A token for each row, (rows, 1), −1 if there is none as the probabilities are not finite: where the cumulated probabilities, (rows, vocabulary), pass a random number. On a
     CPU this takes a third of the time of `torch.multinomial`, which draws a random number for every token.
     """
     dtype = torch.float32 if probabilities.device.type == "mps" else torch.float64  # MPS has no float64
     cumulated = probabilities.cumsum(dim=-1, dtype=dtype)
     random = torch.rand(len(probabilities), 1, dtype=dtype, device=probabilities.device)
     # `right`: never a token of probability 0
-    drawn = torch.searchsorted(cumulated, random * cumulated[:, -1:], right=True)
-    return drawn.clamp(max=probabilities.size(1) - 1)
+    drawn = torch.searchsorted(cumulated, random * cumulated[:, -1:], right=True).clamp(max=probabilities.size(1) - 1)
+    return drawn.where(cumulated[:, -1:].isfinite(), -1)
 
 
 def _groups(rows: list[_Row], lengths: list[int]) -> list[list[_Row]]:

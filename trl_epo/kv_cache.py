@@ -18,6 +18,10 @@ class _Layer(CacheLayerMixin):
         self.cache = cache
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        device = key_states.device.type
+        if torch.is_autocast_enabled(device):  # attention computes in this type, whatever rotation makes of the keys
+            dtype = torch.get_autocast_dtype(device)
+            key_states, value_states = key_states.to(dtype), value_states.to(dtype)
         self.keys, self.values = (self._fitted(None, states) for states in (key_states, value_states))
         self.is_initialized = True
 
@@ -25,8 +29,8 @@ class _Layer(CacheLayerMixin):
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         cache = self.cache
-        self.keys[cache.row_index, :, cache.columns] = key_states.transpose(1, 2)
-        self.values[cache.row_index, :, cache.columns] = value_states.transpose(1, 2)
+        self.keys[cache.row_index, :, cache.columns] = key_states.transpose(1, 2).to(self.keys.dtype)
+        self.values[cache.row_index, :, cache.columns] = value_states.transpose(1, 2).to(self.values.dtype)
         rows = slice(cache.num_rows) if cache.rows is None else cache.rows
         return self.keys[rows, :, : cache.extent], self.values[rows, :, : cache.extent]
 

@@ -93,7 +93,8 @@ class _Playing:
     sample: Sample | None = None  # the action that the environment is to answer; None: `reset`
     text: str = ""
     action: str | None = None
-    info: dict[str, Any] = field(default_factory=dict)
+    success: bool | None = None
+    task: str | None = None
     num_late_answers: int = 0
     stop_reason: StopReason | None = None
     failure: str | None = None
@@ -132,7 +133,7 @@ class _Playing:
             logger.warning("An episode failed and is left out of training:\n%s", self.failure)
 
     def _begin(self, observation: str, info: dict[str, Any], chat: ChatEncoder, limits: Limits) -> None:
-        self.info = info
+        self._note_info(info)
         self.prompt = add_observation(self.start.prompt, observation)
         self.prompt_ids = chat.encode_prompt(self.prompt)
         self.room = limits.max_episode_length
@@ -154,7 +155,7 @@ class _Playing:
         chat: ChatEncoder,
         limits: Limits,
     ) -> None:
-        self.info = info
+        self._note_info(info)
         token_ids, logprobs = self.sample
         self.turns.append(
             Turn(
@@ -180,25 +181,30 @@ class _Playing:
             if self.room < 1:
                 self.stop_reason = StopReason.TOKEN_BUDGET
 
+    def _note_info(self, info: dict[str, Any]) -> None:
+        success = info.get("success")
+        task = self.start.options.get("task") or info.get("task")
+        self.success = None if success is None else bool(success)
+        self.task = None if task is None else str(task)
+
     def leave(self, pool: EnvironmentPool) -> None:
-        """Let go of the environment."""
+        """Let go of the environment, which is used again if the episode came to an end of its own."""
         if self.worker is None:
             return
-        if self.stop_reason is StopReason.FAILURE:
-            self.worker.close()
+        if self.stop_reason in (None, StopReason.FAILURE):
+            pool.discard(self.worker)
         else:
             pool.give_back(self.start.environment, self.worker)
+        self.worker = None
 
     def finish(self) -> Episode:
-        success = self.info.get("success")
-        task = self.start.options.get("task") or self.info.get("task")
         return Episode(
             prompt=self.prompt,
             prompt_ids=tuple(self.prompt_ids),
             turns=tuple(self.turns),
             stop_reason=self.stop_reason,
-            success=None if success is None else bool(success),
-            task=None if task is None else str(task),
+            success=self.success,
+            task=self.task,
             options=self.start.options,
             seed=self.start.seed,
             num_late_answers=self.num_late_answers,
@@ -228,6 +234,22 @@ def play_episodes(
         `list[Episode]`: In the order of `starts`.
     """
     episodes = [_Playing(start) for start in starts]
+    try:
+        _play(episodes, pool, chat, sampler, limits, action_parser)
+    finally:
+        for episode in episodes:  # after an interruption some still have their environments
+            episode.leave(pool)
+    return [episode.finish() for episode in episodes]
+
+
+def _play(
+    episodes: list[_Playing],
+    pool: EnvironmentPool,
+    chat: ChatEncoder,
+    sampler: TurnSampler,
+    limits: Limits,
+    action_parser: ActionParser,
+) -> None:
     queue = deque(range(len(episodes)))
     answers: dict[int, Future] = {}  # by episode: what its environment has been asked
     late: set[int] = set()  # generation does not wait for these answers any more
@@ -260,7 +282,6 @@ def play_episodes(
                     num_open -= 1
         for index, sample in sampler.advance() if sampler.is_busy else ():
             answers[index] = episodes[index].act(sample, chat, action_parser)
-    return [episode.finish() for episode in episodes]
 
 
 def _failed(error: Exception) -> Future:

@@ -132,6 +132,7 @@ class EPOTrainer(SeamedGRPOTrainer):
 
         self._environments = make_environment_pool(environment_factory)
         if self._environments is not None:
+            weakref.finalize(self, self._environments.close)  # also if what follows raises
             if rollout_func is not None:
                 raise ValueError("Give either `rollout_func` or a text environment: the latter has its own rollouts.")
             if tools:
@@ -187,7 +188,6 @@ class EPOTrainer(SeamedGRPOTrainer):
         if not args.use_adaptive_entropy:
             self.disable_own_entropy_bonus()
         if self._environments is not None:
-            weakref.finalize(self, self._environments.close)
             self._prepare_text_episodes(own_reward)
 
     def train(self, *args, **kwargs):
@@ -197,6 +197,11 @@ class EPOTrainer(SeamedGRPOTrainer):
     # Rollouts: Algorithm 1, "collect trajectories"
 
     def _prepare_text_episodes(self, own_reward: bool) -> None:
+        if self.learns_prompts:
+            raise ValueError(
+                "Text episodes cannot be played with a prompt-learning adapter (prompt tuning, prefix tuning): it puts "
+                "virtual tokens before every turn. Use LoRA or another adapter of the weights."
+            )
         if not own_reward:
             self.add_reward_func(episode_return, episode_return.__name__)
         self.use_played_episodes()
@@ -443,8 +448,9 @@ def make_environment_pool(factory: Callable | dict[str, Callable] | None) -> Env
     for name in pool.names:
         worker = pool.take(name)
         kinds[name] = worker.call(lambda env: isinstance(env, gymnasium.Env)).result()
-        if kinds[name]:
-            pool.give_back(name, worker)
+        pool.give_back(name, worker)
+    if not all(kinds.values()):
+        pool.close()
     if len(set(kinds.values())) > 1:
         raise ValueError(
             f"`environment_factory` mixes text environments and TRL tool environments: {kinds} (True: a "
