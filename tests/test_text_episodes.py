@@ -408,10 +408,6 @@ class TestBadInput:
         with pytest.raises(ValueError, match="dr_grpo.*max_completion_length"):
             make_trainer(tmp_path, tokenizer, loss_type="dr_grpo")
 
-    def test_generation_kwargs(self, tmp_path, tokenizer):
-        with pytest.raises(ValueError, match="num_beams.*temperature"):
-            make_trainer(tmp_path, tokenizer, generation_kwargs={"num_beams": 2})
-
     def test_mixed_kinds_of_environments(self, tmp_path, tokenizer):
         class Tools:
             def reset(self):
@@ -467,6 +463,33 @@ class TestWithTrl:
         mask = inputs["turn_ids"] >= 0
         difference = (inputs["sampling_per_token_logps"][mask] - logprobs[mask].detach()).abs()
         assert 0.0 < float(difference.mean()) < 0.02
+
+    def test_no_more_environments_than_concurrent_episodes(self, tmp_path, tokenizer):
+        made = []
+
+        def factory():
+            made.append(1)
+            return Corridor()
+
+        trainer = make_trainer(tmp_path, tokenizer, factory, max_concurrent_episodes=3)
+        trainer.train()
+        assert trainer.state.global_step == 2
+        assert len(made) == 3
+        assert all(entry["episode/late_answers"] == 0.0 for entry in logs(trainer))
+
+    @pytest.mark.parametrize(
+        ("settings", "message"),
+        [
+            ({"generation_kwargs": {"num_beams": 2}}, r"cannot honour the generation settings \['num_beams'\]"),
+            (
+                {"generation_kwargs": {"n": 2}, "use_transformers_continuous_batching": True},
+                r"`generation_kwargs` sets \['n'\]",
+            ),
+        ],
+    )
+    def test_generation_settings_that_cannot_be_honoured(self, tmp_path, tokenizer, settings, message):
+        with pytest.raises(ValueError, match=message):
+            make_trainer(tmp_path, tokenizer, **settings)
 
     def test_prompt_tuning_is_refused(self, tmp_path, tokenizer):
         peft_config = PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4)

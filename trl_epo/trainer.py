@@ -140,8 +140,14 @@ class EPOTrainer(SeamedGRPOTrainer):
                     "`tools` cannot be used with a text environment, whose actions are plain text. Make the "
                     "environment a TRL tool environment (methods instead of `step`), or leave `tools` out."
                 )
+            generation_kwargs = args.generation_kwargs or {}
             if not (args.use_vllm or args.use_transformers_continuous_batching):
-                make_logits_processors(**(args.generation_kwargs or {}))  # raises if it cannot honour them
+                make_logits_processors(**generation_kwargs)  # raises if it cannot honour them
+            elif clash := {"n", "logprobs", "max_tokens", "max_new_tokens"} & generation_kwargs.keys():
+                raise ValueError(
+                    f"`generation_kwargs` sets {sorted(clash)}, which a text episode sets for each of its turns. Leave "
+                    "them out; `max_turn_length` limits a turn."
+                )
             if args.loss_type == "dr_grpo" and args.max_completion_length is None:
                 raise ValueError(
                     "`loss_type='dr_grpo'` divides by `max_completion_length`, which is not set: give the longest "
