@@ -78,7 +78,7 @@ def _work(factory: EnvironmentFactory, tasks: SimpleQueue) -> None:
         else:
             future.set_result(answer)
     try:
-        if env is not None:
+        if hasattr(env, "close"):  # TRL's tool environments need not have it
             env.close()
     except Exception:
         logger.warning("Closing an environment failed.", exc_info=True)
@@ -125,3 +125,25 @@ class EnvironmentPool:
         if not threading.main_thread().is_alive():  # the process ends, and its daemon threads with it
             for worker in self._closing:
                 worker.join(CLOSING_TIME)
+
+
+def make_environment_pool(
+    factory: EnvironmentFactory | dict[str, EnvironmentFactory] | None,
+) -> EnvironmentPool | None:
+    """A pool if the factories make text environments, `None` if there are none or they make TRL's tool environments."""
+    if factory is None:
+        return None
+    pool = EnvironmentPool(factory)
+    kinds = {}
+    for name in pool.names:
+        worker = pool.take(name)
+        kinds[name] = worker.call(lambda env: isinstance(env, gymnasium.Env)).result()
+        pool.give_back(name, worker)
+    if not all(kinds.values()):
+        pool.close()
+    if len(set(kinds.values())) > 1:
+        raise ValueError(
+            f"`environment_factory` mixes text environments and TRL tool environments: {kinds} (True: a "
+            "`gymnasium.Env`). Use one kind in a run."
+        )
+    return pool if all(kinds.values()) else None

@@ -10,18 +10,16 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import gymnasium
 import numpy as np
 import torch
 from accelerate.utils import gather_object
-from datasets import Dataset
 from torch import Tensor
 from trl.trainer.utils import get_config_model_id, pad
 
 from ._trl_seams import SeamedGRPOTrainer
 from .chat import ChatEncoder
 from .config import EPOConfig
-from .environment_pool import EnvironmentPool
+from .environment_pool import make_environment_pool
 from .episode import Episode, episode_row
 from .generation import make_logits_processors
 from .history import EntropyHistory
@@ -35,14 +33,13 @@ from .objective import (
     turn_mean,
 )
 from .rollout import ActionParser, EpisodeStart, Limits, parse_action, play_episodes
+from .rows import check_first_row, environment_options, placeholder_dataset
 
 
 logger = logging.getLogger(__name__)
 
 HISTORY_FILE = "entropy_history.json"
 DEFAULT_COMPLETION_LENGTH = 512  # TRL's default, in tokens
-# Columns of a dataset row that the trainer itself uses; the others are the environment's options.
-TRAINER_COLUMNS = ("prompt", "seed", "environment")
 
 
 class EPOTrainer(SeamedGRPOTrainer):
@@ -443,75 +440,6 @@ def episode_return(episodes: list[Episode], invalid_action_penalty: list[float],
 def derived_seed(seed: int, train: bool, step: int, group: int) -> int:
     """A seed of 32 bits for a group's episodes, well mixed and the same on every machine."""
     return int(np.random.SeedSequence([seed, train, step, group]).generate_state(1)[0])
-
-
-def make_environment_pool(factory: Callable | dict[str, Callable] | None) -> EnvironmentPool | None:
-    """A pool if the factories make text environments, `None` if there are none or they make TRL's tool environments."""
-    if factory is None:
-        return None
-    pool = EnvironmentPool(factory)
-    kinds = {}
-    for name in pool.names:
-        worker = pool.take(name)
-        kinds[name] = worker.call(lambda env: isinstance(env, gymnasium.Env)).result()
-        pool.give_back(name, worker)
-    if not all(kinds.values()):
-        pool.close()
-    if len(set(kinds.values())) > 1:
-        raise ValueError(
-            f"`environment_factory` mixes text environments and TRL tool environments: {kinds} (True: a "
-            "`gymnasium.Env`). Use one kind in a run."
-        )
-    return pool if all(kinds.values()) else None
-
-
-def environment_options(row: dict[str, Any]) -> dict[str, Any]:
-    """What of a dataset row goes to `reset(options=…)`: its columns that have a value, less the trainer's own."""
-    return {name: value for name, value in row.items() if name not in TRAINER_COLUMNS and value is not None}
-
-
-def placeholder_dataset(args: EPOConfig, pool: EnvironmentPool) -> Dataset:
-    """Empty rows for environments that need no dataset: one generation batch of them."""
-    if pool.named:
-        raise ValueError(
-            "Several environments need a `train_dataset` whose `environment` column names each row's environment."
-        )
-    if args.max_steps <= 0:
-        raise ValueError(
-            f"`max_steps` is {args.max_steps}, but without a `train_dataset` it must be positive: it says how long to "
-            "train. Set `EPOConfig(max_steps=…)`."
-        )
-    num_rows = args.generation_batch_size // args.num_generations
-    return Dataset.from_dict({"prompt": [[{"role": "user", "content": ""}]] * num_rows})
-
-
-def check_first_row(pool: EnvironmentPool, dataset) -> None:
-    """Reset an environment with the dataset's first row, so that a misfit shows before any training time is spent."""
-    row = next(iter(dataset))
-    prompt = row.get("prompt")
-    if prompt is not None and not isinstance(prompt, list):
-        raise ValueError(
-            f"The dataset's `prompt` is {prompt!r}, but text episodes need a list of messages, e.g. "
-            '`[{"role": "system", "content": "You are …"}]`, or no such column.'
-        )
-    name = row.get("environment") if pool.named else None
-    if name not in pool.names:
-        raise ValueError(
-            f"The first row of the dataset has `environment={name!r}`, but must name one of {pool.names} (the keys of "
-            "`environment_factory`)."
-        )
-    worker = pool.take(name)
-    options = environment_options(row)
-    try:
-        worker.reset(seed=0, options=options).result()
-    except Exception as error:
-        kind = worker.call(lambda env: type(env).__name__).result()
-        worker.close()
-        raise ValueError(
-            f"The environment {kind} could not be reset with the dataset's first row {options}: {error} "
-            "`trl_epo.check_env` tells what is wrong with an environment."
-        ) from error
-    pool.give_back(name, worker)
 
 
 def _copied(reward_funcs):
