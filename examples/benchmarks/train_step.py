@@ -36,7 +36,7 @@ class StepArguments(BenchmarkArguments):
     episodes: int = field(default=16, metadata={"help": "Episodes in an optimizer step."})
     tokens: int = field(default=2000, metadata={"help": "Tokens of an episode, on average."})
     action_share: float = field(default=0.16, metadata={"help": "Share of them that are actions."})
-    micro_batch: int = field(default=4, metadata={"help": "Episodes in a micro-batch."})
+    micro_batch: int = field(default=2, metadata={"help": "Episodes in a micro-batch."})
     repeats: int = field(default=3, metadata={"help": "Steps that count."})
     gradient_checkpointing: bool = field(default=False, metadata={"help": "As TrainingArguments'."})
 
