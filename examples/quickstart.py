@@ -109,7 +109,7 @@ def make_tokenizer(chats: list[Chat]) -> PreTrainedTokenizerFast:
     )
 
 
-def make_model(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
+def make_model(tokenizer: PreTrainedTokenizerFast, context_length: int = 2048) -> LlamaForCausalLM:
     """Two layers are enough to copy a name from a sentence, which is most of the game."""
     config = LlamaConfig(
         vocab_size=len(tokenizer),
@@ -118,7 +118,7 @@ def make_model(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
         num_hidden_layers=2,
         num_attention_heads=4,
         num_key_value_heads=4,
-        max_position_embeddings=2048,
+        max_position_embeddings=context_length,
         tie_word_embeddings=True,
         bos_token_id=None,
         eos_token_id=tokenizer.eos_token_id,

@@ -1,6 +1,8 @@
 """Small real parts that tests share: a tokenizer, a model, a text environment."""
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -44,13 +46,15 @@ def make_tokenizer(chat_template: str = CHATML) -> PreTrainedTokenizerFast:
     )
 
 
-def make_model(vocab_size: int = 400, seed: int = 0, context_length: int = 1024) -> LlamaForCausalLM:
+def make_model(
+    vocab_size: int = 400, seed: int = 0, context_length: int = 1024, hidden_size: int = 32
+) -> LlamaForCausalLM:
     """A Llama of a few thousand weights."""
     torch.manual_seed(seed)
     config = LlamaConfig(
         vocab_size=vocab_size,
-        hidden_size=32,
-        intermediate_size=64,
+        hidden_size=hidden_size,
+        intermediate_size=2 * hidden_size,
         num_hidden_layers=2,
         num_attention_heads=4,
         num_key_value_heads=2,
@@ -61,6 +65,17 @@ def make_model(vocab_size: int = 400, seed: int = 0, context_length: int = 1024)
         tie_word_embeddings=True,
     )
     return LlamaForCausalLM(config)
+
+
+@contextmanager
+def shapes_read(model: LlamaForCausalLM) -> Iterator[list[tuple[int, int]]]:
+    """The shape of the token ids of each forward that the model makes in this context."""
+    shapes = []
+    hook = model.model.register_forward_pre_hook(
+        lambda module, args, kwargs: shapes.append(tuple(kwargs["input_ids"].shape)), with_kwargs=True
+    )
+    with hook:
+        yield shapes
 
 
 class Corridor(TextEnv):

@@ -4,7 +4,7 @@ import random
 
 import pytest
 import torch
-from conftest import make_model
+from conftest import make_model, shapes_read
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import (
@@ -178,23 +178,20 @@ def test_other_architectures(make_config):
 
 
 def test_a_prompt_is_read_once_for_its_group(model):
-    read = []
-    model.model.register_forward_pre_hook(
-        lambda module, args, kwargs: read.append(kwargs["input_ids"].shape), with_kwargs=True
-    )
-    greedy = sampler(model, LogitsProcessorList([Greedy()]))
-    prompt = list(range(3, 43))
-    sample(greedy, dict.fromkeys(range(4), prompt), limit=1)
-    assert read == [(1, 39), (4, 1)]
-    # an episode that follows copies what a running one has read, or takes over what an ended one has
-    greedy.drop(2)
-    read.clear()
-    sample(greedy, {4: prompt}, limit=1)
-    assert read == [(1, 1)]
-    for episode in (0, 1, 3, 4):
-        greedy.drop(episode)
-    sample(greedy, {5: prompt}, limit=1)
-    assert read == [(1, 1), (1, 1)]
+    with shapes_read(model) as read:
+        greedy = sampler(model, LogitsProcessorList([Greedy()]))
+        prompt = list(range(3, 43))
+        sample(greedy, dict.fromkeys(range(4), prompt), limit=1)
+        assert read == [(1, 39), (4, 1)]
+        # an episode that follows copies what a running one has read, or takes over what an ended one has
+        greedy.drop(2)
+        read.clear()
+        sample(greedy, {4: prompt}, limit=1)
+        assert read == [(1, 1)]
+        for episode in (0, 1, 3, 4):
+            greedy.drop(episode)
+        sample(greedy, {5: prompt}, limit=1)
+        assert read == [(1, 1), (1, 1)]
 
 
 def test_ended_episodes_leave_the_cache(model):
@@ -217,13 +214,10 @@ def test_a_cache_that_does_not_fit_says_what_to_do(model, num_rows, remedy):
 
 
 def test_padding_is_not_read_when_lengths_differ_much(model):
-    read = []
-    model.model.register_forward_pre_hook(
-        lambda module, args, kwargs: read.append(kwargs["input_ids"].shape), with_kwargs=True
-    )
-    greedy = sampler(model, LogitsProcessorList([Greedy()]))
-    sample(greedy, {0: [5] * 900, 1: [6] * 30, 2: [7] * 25}, limit=1)
-    assert read == [(1, 899), (2, 29), (3, 1)]
+    with shapes_read(model) as read:
+        greedy = sampler(model, LogitsProcessorList([Greedy()]))
+        sample(greedy, {0: [5] * 900, 1: [6] * 30, 2: [7] * 25}, limit=1)
+        assert read == [(1, 899), (2, 29), (3, 1)]
 
 
 def test_after_turns_were_added_the_others_have_missed_nothing(model):

@@ -4,7 +4,7 @@ import itertools
 
 import pytest
 import torch
-from conftest import Corridor, make_model
+from conftest import Corridor, make_model, shapes_read
 from datasets import Dataset
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -71,15 +71,11 @@ def test_equals_scoring_every_token(fused_model, data):
 
 
 def test_computes_neither_padding_nor_the_head_elsewhere(fused_model):
-    seen = []
-    hook = fused_model.model.register_forward_pre_hook(
-        lambda module, args, kwargs: seen.append(tuple(kwargs["input_ids"].shape)), with_kwargs=True
-    )
     ids, attention, width = batch([10, 400, 10, 12], [20, 600, 30, 8])
     scored = torch.zeros(4, width, dtype=torch.long)
     scored[:, 5] = 1
-    scores = score_tokens(fused_model, fused_model.base_model, ids, attention, scored)
-    hook.remove()
+    with shapes_read(fused_model) as seen:
+        scores = score_tokens(fused_model, fused_model.base_model, ids, attention, scored)
     assert seen == [(1, 405), (3, 17)]  # up to the token before the scored one
     assert (scores.logprobs != 0).sum() == 4
 
@@ -88,12 +84,8 @@ def test_rows_without_a_scored_token_are_not_computed(fused_model):
     ids, attention, width = batch([5, 900], [5, 5])
     scored = torch.zeros(2, width, dtype=torch.long)
     scored[0, 2] = 1
-    seen = []
-    hook = fused_model.model.register_forward_pre_hook(
-        lambda module, args, kwargs: seen.append(tuple(kwargs["input_ids"].shape)), with_kwargs=True
-    )
-    score_tokens(fused_model, fused_model.base_model, ids, attention, scored)
-    hook.remove()
+    with shapes_read(fused_model) as seen:
+        score_tokens(fused_model, fused_model.base_model, ids, attention, scored)
     assert seen == [(1, 7)]
 
 
@@ -113,13 +105,9 @@ def test_neither_padding_nor_a_first_token_has_a_score(fused_model):
 
 
 def test_forwards_are_bounded(fused_model):
-    seen = []
-    hook = fused_model.model.register_forward_pre_hook(
-        lambda module, args, kwargs: seen.append(tuple(kwargs["input_ids"].shape)), with_kwargs=True
-    )
     ids, attention, width = batch([5] * 6, [6] * 6)
-    score_tokens(fused_model, fused_model.base_model, ids, attention, attention[:, -width:], max_rows=2)
-    hook.remove()
+    with shapes_read(fused_model) as seen:
+        score_tokens(fused_model, fused_model.base_model, ids, attention, attention[:, -width:], max_rows=2)
     assert seen == [(2, 10)] * 3
 
 

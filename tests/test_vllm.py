@@ -9,9 +9,8 @@ from unittest import mock
 
 import pytest
 import torch
-from conftest import Corridor, make_tokenizer
+from conftest import Corridor, make_model, make_tokenizer
 from datasets import Dataset
-from transformers import LlamaConfig, LlamaForCausalLM
 
 from trl_epo import EPOConfig, EPOTrainer
 
@@ -33,21 +32,7 @@ PLAYED = []
 
 
 def save_model(folder: str) -> None:
-    config = LlamaConfig(
-        vocab_size=400,
-        hidden_size=128,  # 4 heads of 32, the smallest that vLLM has a kernel for
-        intermediate_size=128,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=1024,
-        bos_token_id=None,
-        eos_token_id=2,
-        pad_token_id=0,
-        tie_word_embeddings=True,
-    )
-    torch.manual_seed(0)
-    LlamaForCausalLM(config).save_pretrained(folder)
+    make_model(hidden_size=128).save_pretrained(folder)  # heads of 32, the smallest that vLLM has a kernel for
     make_tokenizer().save_pretrained(folder)
 
 

@@ -249,8 +249,9 @@ class SeamedGRPOTrainer(GRPOTrainer):
     def turn_sampler(self) -> Iterator[TurnSampler]:
         """A sampler over the current weights; the model is in evaluation mode meanwhile."""
         was_training = self.model.training
-        unfit = unfit_for_cached_sampler(self._causal_lm(self.model))
-        if self.use_vllm or self.use_transformers_continuous_batching or unfit:
+        by_request = self.use_vllm or self.use_transformers_continuous_batching
+        unfit = None if by_request else unfit_for_cached_sampler(self._causal_lm(self.model))
+        if by_request or unfit:
             if unfit:
                 logger.warning_once(f"Each turn of a text episode reads its whole transcript again: {unfit}.")
             self.model.eval()

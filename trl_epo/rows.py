@@ -53,7 +53,7 @@ def check_first_row(pool: EnvironmentPool, dataset) -> None:
         worker.reset(seed=0, options=options).result()
     except Exception as error:
         kind = worker.call(lambda env: type(env).__name__).result()
-        worker.close()
+        pool.discard(worker)
         raise ValueError(
             f"The environment {kind} could not be reset with the dataset's first row {options}: {error} "
             "`trl_epo.check_env` tells what is wrong with an environment."

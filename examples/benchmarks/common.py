@@ -15,11 +15,11 @@ import torch
 import trl
 from rich.console import Console
 from rich.table import Table
-from transformers import LlamaConfig, LlamaForCausalLM, LogitsProcessor, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import LogitsProcessor, PreTrainedModel, PreTrainedTokenizerBase
 
 
 sys.path.append(str(Path(__file__).parents[1]))
-from quickstart import make_tokenizer
+from quickstart import make_model, make_tokenizer
 from shared import load_smollm2
 
 
@@ -38,25 +38,13 @@ class BenchmarkArguments:
 
 
 def load(name: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """SmolLM2-135M in bfloat16, or a model of a few thousand weights; with a template that knows tools."""
+    """SmolLM2-135M in bfloat16, or the demo's new one; with a template that knows tools."""
     if name == "smollm2":
         model, tokenizer = load_smollm2()
     else:
         tokenizer = make_tokenizer([[{"role": "user", "content": ACTION}]])
         tokenizer.add_special_tokens({"eos_token": "<|im_end|>", "additional_special_tokens": ["<|im_start|>"]})
-        config = LlamaConfig(
-            vocab_size=len(tokenizer),
-            hidden_size=32,
-            intermediate_size=64,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            max_position_embeddings=8192,
-            tie_word_embeddings=True,
-            bos_token_id=None,
-            eos_token_id=tokenizer.eos_token_id,
-            pad_token_id=tokenizer.pad_token_id,
-        )
-        model = LlamaForCausalLM(config).to(torch.bfloat16)
+        model = make_model(tokenizer, context_length=8192).to(torch.bfloat16)
     tokenizer.chat_template = CHAT_TEMPLATE
     return model, tokenizer
 
