@@ -6,12 +6,12 @@ Every private name of TRL that this package relies on, and nothing else.
 """
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
-from accelerate.utils import DistributedType, gather, is_peft_model, set_seed
+from accelerate.utils import gather, is_peft_model, set_seed
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from transformers import PreTrainedModel
@@ -28,7 +28,7 @@ from .generation import (
     make_logits_processors,
     unfit_for_cached_sampler,
 )
-from .scoring import score_tokens
+from .scoring import equal_number_of_forwards, score_tokens
 
 
 logger = logging.get_logger(__name__)
@@ -95,9 +95,6 @@ ATTRIBUTES = (
     "num_generations",
     "num_generations_eval",
 )
-
-# Kinds of distributed training in which each process has all weights.
-REPLICATED = tuple(kind for kind in DistributedType if kind.value.startswith("MULTI_"))
 
 
 class ResumableRepeatSampler(RepeatSampler):
@@ -234,18 +231,6 @@ class SeamedGRPOTrainer(GRPOTrainer):
         """What to call for a forward that the backward pass computes again: DDP's wrapper counts the forwards."""
         return model.module if isinstance(model, DistributedDataParallel) else model
 
-    def equal_number_of_forwards(self, model: nn.Module) -> Callable[[int], int] | None:
-        """The most forwards over all processes, given those of this one; `None` if each may make as many as it needs."""
-        if self.accelerator.distributed_type in (DistributedType.NO, *REPLICATED) and not getattr(
-            model, "broadcast_buffers", False
-        ):
-            return None
-
-        def largest(number: int) -> int:
-            return int(self.accelerator.gather(torch.tensor([number], device=self.accelerator.device)).max())
-
-        return largest
-
     @property
     def _rows_per_forward(self) -> int:
         return self.args.per_device_train_batch_size if self.mode == "train" else self.args.per_device_eval_batch_size
@@ -377,7 +362,7 @@ class SeamedGRPOTrainer(GRPOTrainer):
                     max_rows=batch_size if self.loss_context_ids is None else self._rows_per_forward,
                     aux_loss=compute_aux_loss,
                     recompute=self.unwrapped_replica(model) if self.loss_context_ids is not None else None,
-                    equal_number=self.equal_number_of_forwards(model),
+                    equal_number=equal_number_of_forwards(self.accelerator, model),
                 )
             outputs = (scores.logprobs, scores.entropies if compute_entropy else None, scores.aux_loss)
         if self._captured_entropies is not None and outputs[1] is not None:

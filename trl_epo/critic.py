@@ -2,6 +2,7 @@
 
 import copy
 import os
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -12,7 +13,7 @@ from torch.nn.parallel import DistributedDataParallel
 from transformers import AutoModelForTokenClassification, PreTrainedModel
 from trl.trainer.utils import disable_dropout_in_model
 
-from .scoring import Contexts, in_forwards, keep_only
+from .scoring import Run, equal_number_of_forwards, in_forwards, keep_only, lay_out_contexts
 
 
 def make_critic(policy: PreTrainedModel | PeftModel, critic_model: str | None) -> PreTrainedModel | PeftModel:
@@ -74,7 +75,8 @@ class Critic:
     Args:
         model ([`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]): Of [`make_critic`].
         accelerator ([`~accelerate.Accelerator`]): The trainer's.
-        gradient_checkpointing_kwargs (`dict`, *optional*): `None`: all activations are kept.
+        max_rows (`int`): Contexts of the longest length in one forward, at most.
+        gradient_checkpointing_kwargs (`dict`, *optional*): `None`: the activations of a forward are kept.
 
     Raises:
         ValueError: With DeepSpeed, whose engine holds one model only.
@@ -84,6 +86,7 @@ class Critic:
         self,
         model: PreTrainedModel | PeftModel,
         accelerator: Accelerator,
+        max_rows: int,
         gradient_checkpointing_kwargs: dict | None = None,
     ):
         if accelerator.distributed_type == DistributedType.DEEPSPEED:
@@ -96,16 +99,23 @@ class Critic:
             if is_peft_model(model):
                 model.enable_input_require_grads()
         self.accelerator = accelerator
+        self.max_rows = max_rows
         self.model = accelerator.prepare_model(model.train())
 
-    def values(self, contexts: Contexts, max_rows: int, equal_number=None) -> Tensor:
-        """The value before each chosen token, (B, T), with gradient where it is enabled; see [`in_forwards`]."""
+    def values(self, batch: dict[str, Any]) -> Tensor:
+        """The value of the state before each action token, (B, T), in units of reward; 0 at other tokens."""
+        contexts = lay_out_contexts(
+            torch.cat([batch["prompt_ids"], batch["completion_ids"]], dim=1),
+            torch.cat([batch["prompt_mask"], batch["completion_mask"]], dim=1),
+            batch["completion_mask"] * batch["tool_mask"],
+            batch.get("context_ids"),
+        )
         plain = self.accelerator.unwrap_model(self.model)
         backbone = (plain.get_base_model() if is_peft_model(plain) else plain).base_model
         if isinstance(self.model, DistributedDataParallel):
             self.model.require_backward_grad_sync = self.accelerator.sync_gradients
 
-        def values_of(model: nn.Module):
+        def values_of(model: nn.Module) -> Run:
             def run(ids: Tensor, positions: Tensor, targets: Tensor) -> tuple[Tensor, ...]:
                 with keep_only(backbone, positions):
                     return (model(input_ids=ids).logits[0, :, 0].float(),)
@@ -116,9 +126,9 @@ class Critic:
             return in_forwards(
                 values_of(self.model),
                 contexts,
-                max_rows=max_rows,
+                max_rows=self.max_rows,
                 recompute=values_of(plain),
-                equal_number=equal_number,
+                equal_number=equal_number_of_forwards(self.accelerator, self.model),
             )[0]
 
     def join(self, optimizer: torch.optim.Optimizer, learning_rate: float, max_grad_norm: float) -> None:

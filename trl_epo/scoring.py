@@ -6,11 +6,16 @@ from functools import partial
 from typing import NamedTuple
 
 import torch
+from accelerate import Accelerator
+from accelerate.utils import DistributedType
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from .batching import length_groups
 
+
+# Kinds of distributed training in which each process has all weights.
+REPLICATED = tuple(kind for kind in DistributedType if kind.value.startswith("MULTI_"))
 
 # `(ids, positions, targets) -> tuple of (n,)`: values of n tokens. `ids` (rows, columns) are contexts, `positions` the
 # places of the tokens before the n tokens in rows·columns, `targets` the n tokens.
@@ -162,6 +167,19 @@ def in_forwards(
             result = result + 0.0 * parts[index].sum()
         results.append(result)
     return results
+
+
+def equal_number_of_forwards(accelerator: Accelerator, model: nn.Module) -> Callable[[int], int] | None:
+    """What [`in_forwards`] needs to call such a model equally often on every process; `None` if that does not matter."""
+    if accelerator.distributed_type in (DistributedType.NO, *REPLICATED) and not getattr(
+        model, "broadcast_buffers", False
+    ):
+        return None
+
+    def largest(number: int) -> int:
+        return int(accelerator.gather(torch.tensor([number], device=accelerator.device)).max())
+
+    return largest
 
 
 def score_tokens(

@@ -17,20 +17,10 @@ from torch import Tensor
 from trl.trainer.utils import get_config_model_id
 
 from ._trl_seams import SeamedGRPOTrainer
-from .advantages import (
-    anchored_advantages,
-    discounted_returns,
-    flat_groups,
-    gae,
-    rewards_at_turn_ends,
-    spread_over_tokens,
-    turn_advantages,
-    turn_rewards,
-    value_loss,
-)
 from .chat import ChatEncoder
 from .config import EPOConfig
 from .contexts import ContextRules, PromptBuilder, build_prompt, describe_turn
+from .credit import CreditAssigner
 from .critic import Critic, make_critic
 from .environment_pool import make_environment_pool
 from .episode import Episode, episode_row
@@ -47,7 +37,6 @@ from .objective import (
 )
 from .rollout import ActionParser, EpisodeStart, Limits, parse_action, play_episodes
 from .rows import FirstRow, check_first_row, environment_options, placeholder_dataset
-from .scoring import lay_out_contexts
 
 
 logger = logging.getLogger(__name__)
@@ -265,12 +254,14 @@ class EPOTrainer(SeamedGRPOTrainer):
             prompt_builder=self._prompt_builder,
         )
         self._context_rules.check_builder(*first_row)
+        self._credit = CreditAssigner(self.args, self.accelerator)
         if self.args.advantage_estimator == "gae":
-            model = make_critic(self.accelerator.unwrap_model(self.model), self.args.critic_model)
-            checkpointing = (
-                (self.args.gradient_checkpointing_kwargs or {}) if self.args.gradient_checkpointing else None
+            self._credit.critic = self._critic = Critic(
+                make_critic(self.accelerator.unwrap_model(self.model), self.args.critic_model),
+                self.accelerator,
+                self.args.per_device_train_batch_size,
+                (self.args.gradient_checkpointing_kwargs or {}) if self.args.gradient_checkpointing else None,
             )
-            self._critic = Critic(model, self.accelerator, checkpointing)
 
     def prepare_rows(self, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
         if self.mode == "train":
@@ -281,8 +272,11 @@ class EPOTrainer(SeamedGRPOTrainer):
         starts = [self._episode_starts(rows, attempt) for attempt in range(1 + resamples)]
         with self.turn_sampler() as sampler:  # the model is in evaluation mode in here
             episodes = self._play(starts[0], sampler)
-            for again in starts[1:]:
-                self._play_flat_groups_again(again, episodes, sampler)
+            for others in starts[1:]:
+                flat, num_groups = self._credit.flat_episodes(episodes)
+                self._num_resampled += num_groups
+                for i, episode in zip(flat, self._play([others[i] for i in flat], sampler), strict=True):
+                    episodes[i] = episode
         self._episodes = episodes
         pad_id = self._tokenizer.pad_token_id
         training_rows = [episode_row(episode, pad_id) for episode in episodes]
@@ -315,22 +309,6 @@ class EPOTrainer(SeamedGRPOTrainer):
             limits=self._episode_limits,
             action_parser=self._action_parser,
         )
-
-    def _play_flat_groups_again(
-        self, starts: list[EpisodeStart], episodes: list[Episode], sampler: TurnSampler
-    ) -> None:
-        """Replace the episodes of groups whose rewards from the environment are all equal."""
-        rewards = [math.nan if episode.failed else sum(self._own_turn_rewards(episode)) for episode in episodes]
-        flat = flat_groups(gather_object(rewards), self.num_generations)
-        self._num_resampled += sum(flat)
-        first = self.accelerator.process_index * len(episodes)
-        again = [i for i in range(len(episodes)) if flat[(first + i) // self.num_generations]]
-        for i, episode in zip(again, self._play([starts[i] for i in again], sampler), strict=True):
-            episodes[i] = episode
-
-    def _own_turn_rewards(self, episode: Episode) -> list[float]:
-        """The environment's reward for each turn, less the penalty for an invalid action."""
-        return [turn.reward - self.args.invalid_action_penalty * turn.invalid for turn in episode.turns]
 
     def _episode_starts(self, rows: list[dict[str, Any]], attempt: int = 0) -> list[EpisodeStart]:
         """Where each row's episode begins; the copies of a row, on whatever process, share one seed."""
@@ -366,95 +344,20 @@ class EPOTrainer(SeamedGRPOTrainer):
             if self.loss_context_ids is not None:
                 batch["context_ids"] = self.loss_context_ids
             if self.mode == "train":
-                self._mask_flat_groups(batch)
                 self._assign_credit(batch)
         num_episodes = action_mask(batch).bool().any(dim=1).sum()
         batch["num_episodes_in_batch"] = self.accelerator.gather(num_episodes).sum()
         return batch
 
-    def _mask_flat_groups(self, batch: dict[str, Any]) -> None:
-        if not self.args.filter_zero_variance_groups:
-            return
-        flat = flat_groups(self.episode_rewards.tolist(), self.num_generations)
-        self.add_metric("groups/masked", sum(flat))
-        self.add_metric("groups/resampled", self._num_resampled)
-        self._num_resampled = 0
-        first = self.accelerator.process_index * len(self._episodes)
-        rows = [i for i in range(len(self._episodes)) if flat[(first + i) // self.num_generations]]
-        batch["tool_mask"][rows] = 0
-        batch["turn_ids"][rows] = -1
-        batch["num_items_in_batch"] = self.accelerator.gather(action_mask(batch).sum()).sum()
-
     def _assign_credit(self, batch: dict[str, Any]) -> None:
-        """Replace the episodes' advantages, (B,), by those of their tokens, (B, T), as the estimator has it."""
-        args = self.args
-        if args.advantage_estimator == "grpo":
-            return
-        first = self.accelerator.process_index * len(self._episodes)
-        totals = self.episode_rewards[first : first + len(self._episodes)].tolist()
-        rewards = [
-            turn_rewards(self._own_turn_rewards(episode), 0.0 if episode.failed else total)
-            for episode, total in zip(self._episodes, totals, strict=True)
-        ]
-        if args.advantage_estimator == "gae":
-            self._estimate_with_critic(batch, rewards)
-            return
-        returns = gather_object([discounted_returns(episode, args.gamma) for episode in rewards])
-        scale = {"group": None, "none": 1.0, "batch": None}[args.scale_rewards]
-        if args.advantage_estimator == "turn":
-            advantages = turn_advantages(returns, self.num_generations, scale)
-        else:
-            anchors = gather_object([episode.observations for episode in self._episodes])
-            advantages = anchored_advantages(returns, anchors, self.num_generations, scale)
-        own = advantages[first : first + len(self._episodes)]
-        spread = spread_over_tokens(own, batch["turn_ids"]).to(self.accelerator.device)
-        if args.advantage_estimator == "gigpo":
-            spread = batch["advantages"][:, None] + args.gigpo_step_coef * spread
-        batch["advantages"] = spread
-
-    def _estimate_with_critic(self, batch: dict[str, Any], rewards: list[list[float]]) -> None:
-        mask = action_mask(batch)
-        with torch.no_grad():
-            values = self._values(batch)
-        advantages, returns = gae(
-            rewards_at_turn_ends(rewards, batch["turn_ids"]), values, mask, self.args.gamma, self.args.gae_lambda
-        )
-        action = mask.bool()
-        moments = [advantages, advantages**2, values, returns, returns**2, returns - values, (returns - values) ** 2]
-        sums = torch.stack([torch.where(action, value, 0.0).double().sum() for value in [*moments, mask.double()]])
-        *sums, count = self.accelerator.reduce(sums, reduction="sum").tolist()
-        mean, square, value, mean_return, return_square, error, error_square = (
-            total / max(count, 1) for total in sums
-        )
-        batch["advantages"] = torch.where(
-            action, (advantages - mean) / (math.sqrt(max(square - mean**2, 0.0)) + 1e-8), 0.0
-        )
-        batch["values"], batch["returns"] = values, returns
-        self.add_metric("critic/value", value)
-        self.add_metric("critic/return", mean_return)
-        if (variance := return_square - mean_return**2) > 1e-12:
-            self.add_metric("critic/explained_variance", 1 - (error_square - error**2) / variance)
-
-    def _values(self, batch: dict[str, Any]) -> Tensor:
-        """The critic's value before each action token, (B, T)."""
-        input_ids = torch.cat([batch["prompt_ids"], batch["completion_ids"]], dim=1)
-        attention_mask = torch.cat([batch["prompt_mask"], batch["completion_mask"]], dim=1)
-        contexts = lay_out_contexts(input_ids, attention_mask, action_mask(batch), batch.get("context_ids"))
-        return self._critic.values(
-            contexts, self.args.per_device_train_batch_size, self.equal_number_of_forwards(self._critic.model)
-        )
-
-    def _value_loss(self, inputs: dict[str, Any]) -> Tensor:
-        """The critic's loss, a mean over the action tokens of the optimizer step's batch."""
-        mask, values = action_mask(inputs), self._values(inputs)
-        losses = value_loss(values, inputs["values"], inputs["returns"], self.args.critic_clip_range)
-        share = (
-            self.current_gradient_accumulation_steps / self.args.steps_per_generation / self.accelerator.num_processes
-        )
-        loss = token_mean(losses, mask, inputs["num_items_in_batch"].clamp(min=1) * share)
-        total = self.accelerator.reduce(loss.detach(), reduction="mean") * self.current_gradient_accumulation_steps
-        self.add_metric("critic/value_loss", total.item())
-        return loss
+        metrics = {}
+        if self.args.filter_zero_variance_groups:
+            metrics = self._credit.mask_flat_groups(batch, self.episode_rewards)
+            metrics["groups/resampled"] = self._num_resampled
+            self._num_resampled = 0
+        metrics |= self._credit.assign(batch, self._episodes, self.episode_rewards)
+        for name, value in metrics.items():
+            self.add_metric(name, value)
 
     def create_optimizer(self, model=None):
         optimizer = super().create_optimizer(model)
@@ -479,7 +382,10 @@ class EPOTrainer(SeamedGRPOTrainer):
         if self._critic is not None and self.mode == "train":
             if self.entropy_history.step < self.args.critic_warmup_steps:
                 loss = 0.0 * loss
-            loss = loss + self._value_loss(inputs)
+            value_loss, metrics = self._credit.critic_loss(inputs, self.current_gradient_accumulation_steps)
+            for name, value in metrics.items():
+                self.add_metric(name, value)
+            loss = loss + value_loss
         return loss
 
     def _entropy_loss(self, entropies: Tensor, inputs: dict[str, Any], policy_loss: Tensor) -> Tensor:
