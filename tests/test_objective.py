@@ -14,6 +14,7 @@ from trl_epo.objective import (
     token_mean,
     turn_ids_from_mask,
     turn_mean,
+    turn_weights,
 )
 
 
@@ -90,6 +91,38 @@ class TestInvariance:
         by_token = sum(token_mean(values[p], mask[p], num_tokens) for p in parts)
         torch.testing.assert_close(by_turn, turn_mean(values, mask, turn_ids))
         torch.testing.assert_close(by_token, token_mean(values, mask))
+
+
+class TestTurnWeights:
+    def test_hand_worked_values(self):
+        # Five turns, three turns (one of the batch's turns has no tokens), one turn.
+        taken = torch.tensor([[1, 1, 1, 1, 1], [1, 0, 1, 1, 0], [1, 0, 0, 0, 0]]).bool()
+        weights = turn_weights(taken, 0.8)
+        assert weights[0].tolist() == pytest.approx([1.8, 1.4, 1.0, 0.6, 0.2])
+        assert weights[1][taken[1]].tolist() == pytest.approx([1.8, 1.0, 0.2])
+        assert weights[2, 0].item() == 1.0
+
+    def test_hand_worked_mean_and_gradient(self):
+        entropies = ENTROPIES.clone().requires_grad_()
+        # Weights (1.5, 0.5): (1.5·2 + 0.5·5)/2 = 2.75; the one turn of the second episode keeps its 5
+        mean = turn_mean(entropies, MASK, TURN_IDS, decay=0.5)
+        mean.backward()
+        assert mean.item() == pytest.approx((2.75 + 5) / 2)
+        expected = [[1.5 / 8, 1.5 / 8, 0, 0.5 / 4, 0], [1 / 6, 1 / 6, 1 / 6, 0, 0]]
+        torch.testing.assert_close(entropies.grad, torch.tensor(expected))
+
+    @given(st.lists(st.booleans(), min_size=1, max_size=12).filter(any), st.floats(0.0, 1.0))
+    def test_mean_is_one_and_weights_never_rise_nor_turn_negative(self, taken, decay):
+        taken = torch.tensor([taken])
+        weights = turn_weights(taken, decay)[taken]
+        assert weights.mean().item() == pytest.approx(1.0, abs=1e-6)
+        assert (weights >= -1e-6).all()
+        assert (weights.diff() <= 1e-6).all()
+
+    @given(st.floats(0.0, 1.0))
+    def test_equal_turns_are_not_changed(self, decay):
+        values = torch.full((1, 4), 0.7)
+        assert turn_mean(values, torch.ones(1, 4), torch.arange(4)[None], decay=decay).item() == pytest.approx(0.7)
 
 
 class TestTurnIds:

@@ -50,6 +50,10 @@ class EPOConfig(GRPOConfig):
         entropy_aggregation (`str`, *optional*, defaults to `"turn"`):
             How entropies and penalties of tokens are averaged. `"turn"` (Eq. 2): over the action tokens of a turn,
             then over the turns of an episode, then over episodes. `"token"`: over all action tokens at once.
+        entropy_turn_decay (`float`, *optional*, defaults to `0.0`):
+            EPO-Decay: turn t of an episode's T turns weighs 1 + δ·(1 − 2t/(T − 1)) in the mean over turns, of entropies
+            and penalties alike; this is δ, from 0 (all alike) to 1 (twice the weight for the first turn, none for the
+            last). The mean weight is 1. Needs `entropy_aggregation="turn"`.
         max_turns (`int`, *optional*, defaults to `30`):
             Longest text episode, in turns (one action each).
         max_turn_length (`int`, *optional*, defaults to `512`):
@@ -116,6 +120,13 @@ class EPOConfig(GRPOConfig):
             "choices": AGGREGATIONS,
         },
     )
+    entropy_turn_decay: float = field(
+        default=0.0,
+        metadata={
+            "help": "EPO-Decay: weights of an episode's turns fall from 1 + this to 1 - this, mean 1. From 0 (all alike) "
+            "to 1."
+        },
+    )
     max_turns: int = field(default=30, metadata={"help": "Longest text episode, in turns."})
     max_turn_length: int = field(
         default=512,
@@ -164,6 +175,7 @@ class EPOConfig(GRPOConfig):
             "entropy_corridor_low",
             "entropy_corridor_high",
             "entropy_smoothing_decay",
+            "entropy_turn_decay",
             "invalid_action_penalty",
         ):
             _check_non_negative(name, getattr(self, name))
@@ -172,6 +184,17 @@ class EPOConfig(GRPOConfig):
                 f"`entropy_corridor_low` ({self.entropy_corridor_low}) is above `entropy_corridor_high` "
                 f"({self.entropy_corridor_high}), which leaves no corridor. Both are multiples of the mean entropy so "
                 "far; give low <= high, e.g. 0.0 and 2.0 (the paper's runs) or 0.5 and 1.5."
+            )
+        if self.entropy_turn_decay > 1:
+            raise ValueError(
+                f"`entropy_turn_decay` is {self.entropy_turn_decay}, but must be at most 1: beyond it the last turns "
+                "would weigh less than nothing."
+            )
+        if self.entropy_turn_decay and self.entropy_aggregation != "turn":
+            raise ValueError(
+                f"`entropy_turn_decay={self.entropy_turn_decay}` weights turns, of which "
+                f"`entropy_aggregation={self.entropy_aggregation!r}` knows none. Use `entropy_aggregation='turn'`, or "
+                "`entropy_turn_decay=0.0`."
             )
         if self.use_adaptive_entropy and self.entropy_coef != 0.0:
             raise ValueError(

@@ -153,7 +153,9 @@ class EntropyTerm:
         share /= self.accelerator.num_processes
         if self.args.entropy_aggregation == "turn":
             num_episodes = batch["num_episodes_in_batch"].clamp(min=1) * share
-            return lambda values: turn_mean(values, mask, batch["turn_ids"], num_episodes)
+            return lambda values: turn_mean(
+                values, mask, batch["turn_ids"], num_episodes, self.args.entropy_turn_decay
+            )
         num_tokens = batch["num_items_in_batch"].clamp(min=1) * share
         return lambda values: token_mean(values, mask, num_tokens)
 

@@ -15,6 +15,7 @@ SETTINGS = (
     ("γ_β", "entropy_smoothing_decay"),
     ("schedule of β_k", "entropy_smoothing_schedule"),
     ("aggregation", "entropy_aggregation"),
+    ("δ", "entropy_turn_decay"),
     ("group size", "num_generations"),
     ("learning rate", "learning_rate"),
     ("seed", "seed"),

@@ -31,7 +31,29 @@ def turn_ids_from_mask(mask: Tensor) -> Tensor:
     return (starts.cumsum(dim=1) - 1).masked_fill(~action, -1)
 
 
-def episode_turn_means(values: Tensor, mask: Tensor, turn_ids: Tensor) -> Tensor:
+def turn_weights(taken: Tensor, decay: float) -> Tensor:
+    """
+    EPO-Decay: weights of an episode's turns that fall in equal steps from 1 + δ to 1 − δ.
+
+    Turn t of T weighs 1 + δ·(1 − 2t/(T − 1)), so that an episode's mean weight is 1; an only turn weighs 1. The paper
+    describes the variant (more weight early, less late) but gives no formula: this one is ours.
+
+    Args:
+        taken (`Tensor` of shape `(B, turns)`, bool): Which turns the episode has; the others do not count.
+        decay (`float`): δ, from 0 (all turns alike) to 1 (nothing for the last).
+
+    Returns:
+        `Tensor` of shape `(B, turns)`; what it holds where `taken` is false means nothing.
+
+    >>> turn_weights(torch.tensor([[True, True, True]]), 0.5)
+    tensor([[1.5000, 1.0000, 0.5000]])
+    """
+    place = taken.cumsum(dim=1) - 1  # (B, turns)
+    last = taken.sum(dim=1, keepdim=True) - 1  # (B, 1)
+    return torch.where(last > 0, 1.0 + decay * (1.0 - 2.0 * place / last.clamp(min=1)), 1.0)
+
+
+def episode_turn_means(values: Tensor, mask: Tensor, turn_ids: Tensor, decay: float = 0.0) -> Tensor:
     """
     The two inner means of Eq. 2: over the action tokens of a turn, then over the turns of an episode.
 
@@ -39,6 +61,7 @@ def episode_turn_means(values: Tensor, mask: Tensor, turn_ids: Tensor) -> Tensor
         values (`Tensor` of shape `(B, T)`): A value per token.
         mask (`Tensor` of shape `(B, T)`): 1 at action tokens; all other positions are ignored.
         turn_ids (`Tensor` of shape `(B, T)`, int64): The turn of each action token, counted from 0.
+        decay (`float`, *optional*, defaults to `0.0`): δ of [`turn_weights`], by which turns are weighted.
 
     Returns:
         `Tensor` of shape `(B,)`; 0 for an episode without action tokens.
@@ -51,10 +74,19 @@ def episode_turn_means(values: Tensor, mask: Tensor, turn_ids: Tensor) -> Tensor
     sums = values.new_zeros(shape).scatter_add(1, ids, torch.where(action, values, 0.0))  # (B, turns)
     counts = values.new_zeros(shape).scatter_add(1, ids, action.to(values.dtype))  # (B, turns)
     turn_means = sums / counts.clamp(min=1.0)
-    return turn_means.sum(dim=1) / (counts > 0).sum(dim=1).clamp(min=1)
+    taken = counts > 0
+    if decay:
+        turn_means = turn_means * turn_weights(taken, decay)
+    return turn_means.sum(dim=1) / taken.sum(dim=1).clamp(min=1)
 
 
-def turn_mean(values: Tensor, mask: Tensor, turn_ids: Tensor, num_episodes: Tensor | float | None = None) -> Tensor:
+def turn_mean(
+    values: Tensor,
+    mask: Tensor,
+    turn_ids: Tensor,
+    num_episodes: Tensor | float | None = None,
+    decay: float = 0.0,
+) -> Tensor:
     """
     Eq. 2: the mean over episodes of the mean over turns of the mean over the turn's action tokens.
 
@@ -66,6 +98,7 @@ def turn_mean(values: Tensor, mask: Tensor, turn_ids: Tensor, num_episodes: Tens
         turn_ids (`Tensor` of shape `(B, T)`, int64): The turn of each action token, counted from 0.
         num_episodes (`Tensor` or `float`, *optional*): What the sum over episodes is divided by. Defaults to the
             number of rows with at least one action token; give the whole batch's number to split a batch.
+        decay (`float`, *optional*, defaults to `0.0`): δ of [`turn_weights`], by which turns are weighted.
 
     Returns:
         `Tensor`, a scalar; 0 when there is no action token.
@@ -77,7 +110,7 @@ def turn_mean(values: Tensor, mask: Tensor, turn_ids: Tensor, num_episodes: Tens
     """
     if num_episodes is None:
         num_episodes = mask.bool().any(dim=1).sum().clamp(min=1)
-    return episode_turn_means(values, mask, turn_ids).sum() / num_episodes
+    return episode_turn_means(values, mask, turn_ids, decay).sum() / num_episodes
 
 
 def token_mean(values: Tensor, mask: Tensor, num_tokens: Tensor | float | None = None) -> Tensor:
