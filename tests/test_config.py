@@ -49,6 +49,8 @@ def test_every_new_field_is_documented():
         ({"entropy_turn_decay": -0.5}, "entropy_turn_decay.*-0.5.*at least 0"),
         ({"entropy_turn_decay": 1.5}, "entropy_turn_decay.*1.5.*at most 1"),
         ({"entropy_turn_decay": 0.5, "entropy_aggregation": "token"}, "entropy_turn_decay=0.5.*'token'.*'turn'"),
+        ({"entropy_advantage_coef": -0.4}, "entropy_advantage_coef.*-0.4"),
+        ({"entropy_advantage_limit": 1.0}, "entropy_advantage_limit.*1.0.*above 1"),
         ({"use_adaptive_entropy": True}, "use_adaptive_entropy.*entropy_coef=0.0"),
         ({"max_turns": 0}, "max_turns.*0.*at least 1"),
         ({"max_turns": 2.5}, "max_turns.*2.5.*whole number"),

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from trl_epo.objective import (
     episode_turn_means,
     phase_weight,
+    shaped_advantages,
     smoothing_penalty,
     token_mean,
     turn_ids_from_mask,
@@ -222,3 +223,28 @@ class TestPhaseWeight:
     def test_bad_values(self, step, total):
         with pytest.raises(ValueError, match="at least"):
             phase_weight(step, total, 3.0)
+
+
+class TestShapedAdvantages:
+    def test_hand_worked_values(self):
+        # α = 0.4, κ = 2: 0.4·1 = 0.4 is below |±1|/2, 0.4·3 = 1.2 is not; nothing is added to 0
+        entropies = torch.tensor([[0.0, 1.0, 3.0]]).expand(3, 3)
+        shaped = shaped_advantages(torch.tensor([1.0, -1.0, 0.0]), entropies, 0.4, 2.0)
+        expected = [[1.0, 1.4, 1.5], [-1.0, -0.6, -0.5], [0.0, 0.0, 0.0]]
+        torch.testing.assert_close(shaped, torch.tensor(expected))
+
+    def test_advantages_of_tokens(self):
+        shaped = shaped_advantages(torch.tensor([[2.0, -4.0]]), torch.tensor([[10.0, 1.0]]), 0.4, 2.0)
+        torch.testing.assert_close(shaped, torch.tensor([[3.0, -3.6]]))
+
+    def test_no_gradient_flows_into_the_entropy(self):
+        entropies = torch.ones(1, 2, requires_grad=True)
+        assert not shaped_advantages(torch.ones(1), entropies, 0.4, 2.0).requires_grad
+
+    @given(st.floats(-10, 10), entropy, st.floats(0.0, 5.0), st.floats(1.001, 10.0))
+    def test_never_lowers_an_advantage_nor_turns_its_sign(self, advantage, entropies, coef, limit):
+        before = torch.tensor([advantage], dtype=torch.float64)
+        after = shaped_advantages(before, torch.tensor([[entropies]], dtype=torch.float64), coef, limit)[0]
+        assert after >= before
+        assert after.sign() == before.sign()
+        assert after - before <= before.abs() / limit + 1e-12

@@ -54,6 +54,12 @@ class EPOConfig(GRPOConfig):
             EPO-Decay: turn t of an episode's T turns weighs 1 + δ·(1 − 2t/(T − 1)) in the mean over turns, of entropies
             and penalties alike; this is δ, from 0 (all alike) to 1 (twice the weight for the first turn, none for the
             last). The mean weight is 1. Needs `entropy_aggregation="turn"`.
+        entropy_advantage_coef (`float`, *optional*, defaults to `0.0`):
+            α of the entropy-shaped advantage A + min(α·H, |A|/κ) of Cheng et al. (arXiv 2506.14758; they use 0.4), in
+            units of advantage per nat; H is the token's entropy, without gradient. `0.0`: advantages are left alone.
+            It acts besides the entropy term: for the paper's baseline "EA" set `entropy_coef=0.0`.
+        entropy_advantage_limit (`float`, *optional*, defaults to `2.0`):
+            κ of the same: at most |A|/κ is added, so that with κ > 1 no advantage changes its sign.
         max_turns (`int`, *optional*, defaults to `30`):
             Longest text episode, in turns (one action each).
         max_turn_length (`int`, *optional*, defaults to `512`):
@@ -127,6 +133,16 @@ class EPOConfig(GRPOConfig):
             "to 1."
         },
     )
+    entropy_advantage_coef: float = field(
+        default=0.0,
+        metadata={
+            "help": "α of the entropy-shaped advantage A + min(α·H, |A|/κ) (Cheng et al. 2025, who use 0.4). 0.0: off."
+        },
+    )
+    entropy_advantage_limit: float = field(
+        default=2.0,
+        metadata={"help": "κ of the entropy-shaped advantage: at most |A|/κ is added. Above 1."},
+    )
     max_turns: int = field(default=30, metadata={"help": "Longest text episode, in turns."})
     max_turn_length: int = field(
         default=512,
@@ -176,6 +192,8 @@ class EPOConfig(GRPOConfig):
             "entropy_corridor_high",
             "entropy_smoothing_decay",
             "entropy_turn_decay",
+            "entropy_advantage_coef",
+            "entropy_advantage_limit",
             "invalid_action_penalty",
         ):
             _check_non_negative(name, getattr(self, name))
@@ -195,6 +213,11 @@ class EPOConfig(GRPOConfig):
                 f"`entropy_turn_decay={self.entropy_turn_decay}` weights turns, of which "
                 f"`entropy_aggregation={self.entropy_aggregation!r}` knows none. Use `entropy_aggregation='turn'`, or "
                 "`entropy_turn_decay=0.0`."
+            )
+        if self.entropy_advantage_limit <= 1:
+            raise ValueError(
+                f"`entropy_advantage_limit` is {self.entropy_advantage_limit}, but must be above 1, so that no advantage "
+                "changes its sign; Cheng et al. use 2.0. `entropy_advantage_coef=0.0` switches the shaping off."
             )
         if self.use_adaptive_entropy and self.entropy_coef != 0.0:
             raise ValueError(

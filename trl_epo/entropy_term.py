@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .config import EPOConfig
 from .history import EntropyHistory
-from .objective import phase_weight, smoothing_penalty, token_mean, turn_mean
+from .objective import phase_weight, shaped_advantages, smoothing_penalty, token_mean, turn_mean
 
 
 @dataclass(frozen=True)
@@ -37,8 +37,9 @@ class EntropyTerm:
     The entropy term −λ·(L_H − β_k·L_smooth) of Eq. 6 (arXiv 2509.22576), computed micro-batch by micro-batch.
 
     Per RL step: `history.begin_step()`; then for each micro-batch [`loss`] and [`observe`], on all processes alike.
-    A micro-batch is a dictionary with `completion_mask`, perhaps `tool_mask`, and `turn_ids`, all (B, T), and the
-    counts of its generation batch over all processes: `num_episodes_in_batch` and `num_items_in_batch`.
+    A micro-batch is a dictionary with `completion_mask`, perhaps `tool_mask`, and `turn_ids`, all (B, T), `advantages`,
+    (B,) or (B, T), and the counts of its generation batch over all processes: `num_episodes_in_batch` and
+    `num_items_in_batch`.
 
     Args:
         args (`EPOConfig`): The settings.
@@ -85,6 +86,23 @@ class EntropyTerm:
         metrics = self._of_optimizer_step(parts, moment)
         return -args.entropy_coef * (bonus - phase * smoothing), metrics | {"phase_weight": phase}
 
+    def shape_advantages(self, advantages: Tensor, entropies: Tensor) -> Tensor:
+        """
+        The advantages that the policy loss uses: as given, or entropy-shaped if `entropy_advantage_coef` says so.
+
+        Args:
+            advantages (`Tensor` of shape `(B,)` or `(B, T)`): A of an episode or of each token.
+            entropies (`Tensor` of shape `(B, T)`): Entropy per token, in nats.
+
+        Returns:
+            `Tensor` of the shape of `advantages`, or `(B, T)` if shaped.
+        """
+        if not self.args.entropy_advantage_coef:
+            return advantages
+        return shaped_advantages(
+            advantages, entropies, self.args.entropy_advantage_coef, self.args.entropy_advantage_limit
+        )
+
     def observe(self, entropies: Tensor, batch: dict[str, Any], moment: Moment) -> dict[str, float]:
         """
         Take note of the entropies of a micro-batch's action tokens: in training they enter the current RL step's
@@ -114,8 +132,10 @@ class EntropyTerm:
         values = torch.where(action, entropies, 0.0).to(dtype)
         sums = [(values * group).sum() for group in (action, early, late)]
         counts = [group.sum().to(dtype) for group in (action, early, late, *outside)]
-        totals = self.accelerator.reduce(torch.stack([*sums, *counts]), reduction="sum").tolist()
-        total, early_sum, late_sum, count, early_count, late_count, below, above = totals
+        advantages = batch["advantages"].view(len(action), -1)  # (B, 1) or (B, T)
+        added = torch.where(action, self.shape_advantages(advantages, entropies) - advantages, 0.0).to(dtype).sum()
+        totals = self.accelerator.reduce(torch.stack([*sums, *counts, added]), reduction="sum").tolist()
+        total, early_sum, late_sum, count, early_count, late_count, below, above, added = totals
         if moment.train and moment.first_pass:
             # Each of the batch's action tokens enters the history once.
             self.history.observe(total, int(count))
@@ -131,6 +151,8 @@ class EntropyTerm:
             metrics["corridor_high"] = args.entropy_corridor_high * reference
             metrics["below_corridor"] = below / count
             metrics["above_corridor"] = above / count
+        if args.entropy_advantage_coef and count:
+            metrics["advantage_shaping"] = added / count
         return metrics
 
     def phase_weight(self, max_steps: int) -> float:

@@ -16,6 +16,7 @@ SETTINGS = (
     ("schedule of β_k", "entropy_smoothing_schedule"),
     ("aggregation", "entropy_aggregation"),
     ("δ", "entropy_turn_decay"),
+    ("α of the shaped advantage", "entropy_advantage_coef"),
     ("group size", "num_generations"),
     ("learning rate", "learning_rate"),
     ("seed", "seed"),

@@ -191,3 +191,28 @@ def phase_weight(step: int, total_steps: int, decay: float) -> float:
     if step < 0 or total_steps < 1:
         raise ValueError(f"`step` ({step}) must be at least 0 and `total_steps` ({total_steps}) at least 1.")
     return 1.0 + math.exp(-decay * step / max(total_steps // 2, 1))
+
+
+def shaped_advantages(advantages: Tensor, entropies: Tensor, coef: float, limit: float) -> Tensor:
+    """
+    Entropy-shaped advantages: A + min(α·H, |A|/κ) (Cheng et al. 2025, "Reasoning with Exploration: An Entropy
+    Perspective", arXiv 2506.14758).
+
+    With κ > 1 no advantage changes its sign, and one of 0 stays 0. No gradient flows through H.
+
+    Args:
+        advantages (`Tensor` of shape `(B,)` or `(B, T)`): A, of an episode or of each token.
+        entropies (`Tensor` of shape `(B, T)`): H per token, in nats.
+        coef (`float`): α, in units of advantage per nat.
+        limit (`float`): κ, what share of |A| may be added at most: 1/κ.
+
+    Returns:
+        `Tensor` of shape `(B, T)`.
+
+    >>> shaped_advantages(torch.tensor([1.0, -1.0]), torch.tensor([[0.5, 4.0], [0.5, 4.0]]), coef=0.4, limit=2.0)
+    tensor([[ 1.2000,  1.5000],
+            [-0.8000, -0.5000]])
+    """
+    if advantages.dim() == 1:
+        advantages = advantages.unsqueeze(1)
+    return advantages + torch.minimum(coef * entropies.detach(), advantages.abs() / limit)

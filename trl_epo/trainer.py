@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate.utils import gather_object
+from torch import Tensor
 from trl.trainer.utils import get_config_model_id, pad
 
 from ._trl_seams import SeamedGRPOTrainer
@@ -318,6 +319,9 @@ class EPOTrainer(SeamedGRPOTrainer):
         for name, value in metrics.items():
             self.add_metric(f"epo/{name}", value)
         return loss
+
+    def shape_advantages(self, advantages: Tensor, entropies: Tensor) -> Tensor:
+        return self.entropy_term.shape_advantages(advantages, entropies)
 
     # Logs and checkpoints
 
