@@ -51,6 +51,18 @@ def test_every_new_field_is_documented():
         ({"entropy_turn_decay": 0.5, "entropy_aggregation": "token"}, "entropy_turn_decay=0.5.*'token'.*'turn'"),
         ({"entropy_advantage_coef": -0.4}, "entropy_advantage_coef.*-0.4"),
         ({"entropy_advantage_limit": 1.0}, "entropy_advantage_limit.*1.0.*above 1"),
+        ({"entropy_reference": "median"}, "'median'.*'history', 'turn_history', 'linear'"),
+        ({"entropy_reference_end": -0.2}, "entropy_reference_end.*-0.2"),
+        ({"entropy_corridor_coef": -1.0}, "entropy_corridor_coef.*-1.0"),
+        ({"entropy_corridor_coef": 0.1}, "entropy_corridor_coef=0.1.*entropy_coef=0.001.*Set `entropy_coef=0.0`"),
+        (
+            {"entropy_corridor_coef": 0.1, "entropy_coef": 0.0, "use_adaptive_entropy": True},
+            "entropy_corridor_coef=0.1.*use_adaptive_entropy=True.*`use_adaptive_entropy=False`",
+        ),
+        (
+            {"entropy_corridor_coef": 0.1, "entropy_coef": 0.0, "entropy_reference": "turn_history"},
+            "'turn_history'.*entropy_corridor_coef=0.1.*'history' or 'linear'",
+        ),
         ({"use_adaptive_entropy": True}, "use_adaptive_entropy.*entropy_coef=0.0"),
         ({"max_turns": 0}, "max_turns.*0.*at least 1"),
         ({"max_turns": 2.5}, "max_turns.*2.5.*whole number"),

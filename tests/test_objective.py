@@ -8,8 +8,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from trl_epo.objective import (
+    corridor_side,
     episode_turn_means,
+    linear_reference,
     phase_weight,
+    reference_by_turn,
     shaped_advantages,
     smoothing_penalty,
     token_mean,
@@ -248,3 +251,51 @@ class TestShapedAdvantages:
         assert after >= before
         assert after.sign() == before.sign()
         assert after - before <= before.abs() / limit + 1e-12
+
+
+class TestReferenceByTurn:
+    def test_hand_worked_values_and_gradient(self):
+        # Turn 0 has the reference 1 and turn 1 the reference 4; nothing is known of turns 2 and 3.
+        turn_ids = torch.tensor([[0, -1, 1, 2], [0, 1, 1, 3]])
+        reference = reference_by_turn([1.0, 4.0, None], turn_ids)
+        nan = math.nan
+        expected = torch.tensor([[1.0, nan, 4.0, nan], [1.0, 4.0, 4.0, nan]])
+        torch.testing.assert_close(reference, expected, equal_nan=True)
+        entropies = torch.tensor([[3.0, 9.0, 3.0, 9.0], [0.1, 1.0, 9.0, 0.0]], requires_grad=True)
+        penalty = smoothing_penalty(entropies, reference, low=0.5, high=2.0)
+        penalty.sum().backward()
+        torch.testing.assert_close(penalty.detach(), torch.tensor([[1.0, 0, 0, 0], [0.4, 1.0, 1.0, 0]]))
+        assert entropies.grad.tolist() == [[1.0, 0.0, 0.0, 0.0], [-1.0, -1.0, 1.0, 0.0]]
+
+    def test_indicator(self):
+        reference = torch.tensor([1.0, math.nan, 1.0])
+        penalty = smoothing_penalty(torch.tensor([5.0, 5.0, 1.0]), reference, 0.5, 2.0, kind="indicator")
+        assert penalty.tolist() == [1.0, 0.0, 0.0]
+
+    @given(st.lists(entropy, min_size=1, max_size=6), st.floats(0.1, 6.0), corridor)
+    def test_equal_references_are_one_reference(self, values, reference, bounds):
+        entropies = torch.tensor([values])
+        by_turn = reference_by_turn([reference] * len(values), torch.arange(len(values))[None])
+        of_turns = smoothing_penalty(entropies, by_turn, *bounds)
+        torch.testing.assert_close(of_turns, smoothing_penalty(entropies, reference, *bounds))
+
+
+class TestLinearReference:
+    def test_hand_worked_values(self):
+        values = [linear_reference(2.0, 0.2, step, 5) for step in range(5)]
+        assert values == pytest.approx([2.0, 1.6, 1.2, 0.8, 0.4])
+
+    def test_beyond_the_run_and_one_step(self):
+        assert linear_reference(2.0, 0.2, 9, 5) == pytest.approx(0.4)
+        assert linear_reference(2.0, 0.2, 0, 1) == 2.0
+
+
+class TestCorridorSide:
+    @given(entropy, st.floats(0.0, 6.0), corridor)
+    def test_it_is_the_slope_of_the_hinge(self, mean, reference, bounds):
+        value = torch.tensor(mean, dtype=torch.float64, requires_grad=True)
+        hinge = smoothing_penalty(value, reference, *bounds)
+        hinge.backward()
+        slope, bound = corridor_side(mean, reference, *bounds)
+        assert slope == value.grad.item()
+        assert slope * (mean - bound) == pytest.approx(hinge.item())

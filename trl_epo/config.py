@@ -13,6 +13,7 @@ logger = logging.get_logger(__name__)
 SMOOTHING_KINDS = ("hinge", "indicator", "none")
 SCHEDULES = ("exponential", "constant")
 AGGREGATIONS = ("turn", "token")
+REFERENCES = ("history", "turn_history", "linear")
 
 
 @dataclass
@@ -38,10 +39,22 @@ class EPOConfig(GRPOConfig):
             wants α·β_k < 1, hence α < 0.5; but only α·β_k > 1 lets the penalty outweigh the bonus above the corridor,
             so larger values are allowed (and logged once).
         entropy_corridor_low (`float`, *optional*, defaults to `0.0`):
-            κ_l, the corridor's lower bound as a multiple of the mean entropy of the steps so far, H̄_W. `0.0`: the
-            lower bound never acts.
+            κ_l, the corridor's lower bound as a multiple of the mean entropy of the steps so far, H̄_W, or of another
+            `entropy_reference`. `0.0`: the lower bound never acts.
         entropy_corridor_high (`float`, *optional*, defaults to `2.0`):
-            κ_r, the corridor's upper bound as a multiple of H̄_W.
+            κ_r, the corridor's upper bound as a multiple of the same.
+        entropy_corridor_coef (`float`, *optional*, defaults to `0.0`):
+            Weight of a corridor for the batch instead of for each token, which is not in the paper: the distance of
+            L_H (Eq. 2) itself from the corridor, in nats, is added to the policy loss with this weight and without a
+            bonus. On which side of the corridor the policy is, is read off the optimizer step before. Excludes λ: set
+            `entropy_coef=0.0`. `0.0`: off.
+        entropy_reference (`str`, *optional*, defaults to `"history"`):
+            What the corridor is around. `"history"`: H̄_W, the mean over all RL steps so far. `"turn_history"`: the
+            same for each turn index by itself; tokens of a turn that was never reached before are not penalised.
+            `"linear"`: the first RL step's entropy at first, falling in a straight line to `entropy_reference_end` of
+            it at the last RL step; not in the paper.
+        entropy_reference_end (`float`, *optional*, defaults to `0.2`):
+            What share of the first RL step's entropy a `"linear"` reference has at the last RL step. No unit.
         entropy_smoothing_schedule (`str`, *optional*, defaults to `"exponential"`):
             β_k, the weight of the penalty at RL step k. `"exponential"`: 1 + exp(−γ_β·k/k_mid) of Eq. 5, from 2 at
             the start towards 1. `"constant"`: 1.
@@ -105,6 +118,25 @@ class EPOConfig(GRPOConfig):
     entropy_corridor_high: float = field(
         default=2.0,
         metadata={"help": "κ_r, the corridor's upper bound as a multiple of the mean entropy of the steps so far."},
+    )
+    entropy_corridor_coef: float = field(
+        default=0.0,
+        metadata={
+            "help": "Weight of a corridor for the batch's mean entropy instead of for each token's; not in the paper. "
+            "Needs entropy_coef 0. 0.0: off."
+        },
+    )
+    entropy_reference: str = field(
+        default="history",
+        metadata={
+            "help": "What the corridor is around: 'history' (the mean of the steps so far), 'turn_history' (the same for "
+            "each turn index) or 'linear' (falling over the run; not in the paper).",
+            "choices": REFERENCES,
+        },
+    )
+    entropy_reference_end: float = field(
+        default=0.2,
+        metadata={"help": "What share of the first RL step's entropy a 'linear' reference has at the last RL step."},
     )
     entropy_smoothing_schedule: str = field(
         default="exponential",
@@ -185,11 +217,14 @@ class EPOConfig(GRPOConfig):
         _check_choice("entropy_smoothing", self.entropy_smoothing, SMOOTHING_KINDS)
         _check_choice("entropy_smoothing_schedule", self.entropy_smoothing_schedule, SCHEDULES)
         _check_choice("entropy_aggregation", self.entropy_aggregation, AGGREGATIONS)
+        _check_choice("entropy_reference", self.entropy_reference, REFERENCES)
         for name in (
             "entropy_coef",
             "entropy_smoothing_coef",
             "entropy_corridor_low",
             "entropy_corridor_high",
+            "entropy_corridor_coef",
+            "entropy_reference_end",
             "entropy_smoothing_decay",
             "entropy_turn_decay",
             "entropy_advantage_coef",
@@ -224,6 +259,17 @@ class EPOConfig(GRPOConfig):
                 f"`use_adaptive_entropy=True` is TRL's own entropy controller and cannot act together with EPO's terms "
                 f"(`entropy_coef={self.entropy_coef}`). Set `entropy_coef=0.0` to use TRL's controller alone, or "
                 "`use_adaptive_entropy=False` to use EPO."
+            )
+        if self.entropy_corridor_coef and (self.entropy_coef or self.use_adaptive_entropy):
+            raise ValueError(
+                f"`entropy_corridor_coef={self.entropy_corridor_coef}` steers the batch's entropy by itself, but "
+                f"`entropy_coef={self.entropy_coef}` and `use_adaptive_entropy={self.use_adaptive_entropy}` pull at it "
+                "too. Set `entropy_coef=0.0` and `use_adaptive_entropy=False`, or `entropy_corridor_coef=0.0`."
+            )
+        if self.entropy_corridor_coef and self.entropy_reference == "turn_history":
+            raise ValueError(
+                "`entropy_reference='turn_history'` has no value for a whole batch, which `entropy_corridor_coef="
+                f"{self.entropy_corridor_coef}` needs. Use 'history' or 'linear', or `entropy_corridor_coef=0.0`."
             )
         if self.entropy_smoothing != "none" and self.entropy_smoothing_coef >= 0.5:
             logger.warning_once(

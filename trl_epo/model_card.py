@@ -12,6 +12,8 @@ SETTINGS = (
     ("penalty", "entropy_smoothing"),
     ("κ_l", "entropy_corridor_low"),
     ("κ_r", "entropy_corridor_high"),
+    ("reference", "entropy_reference"),
+    ("weight of the batch's corridor", "entropy_corridor_coef"),
     ("γ_β", "entropy_smoothing_decay"),
     ("schedule of β_k", "entropy_smoothing_schedule"),
     ("aggregation", "entropy_aggregation"),

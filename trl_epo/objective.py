@@ -7,6 +7,7 @@ Shapes: B rows (one episode each), T token positions. Entropies are in nats.
 """
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -140,8 +141,8 @@ def smoothing_penalty(
 
     Args:
         entropies (`Tensor` of any shape): Entropy per token, in nats.
-        reference (`Tensor` or `float`): H̄_W, the mean entropy of the steps so far, in nats. A constant: no gradient
-            flows into it.
+        reference (`Tensor` or `float`): H̄_W, the mean entropy of the steps so far, in nats; one for all, or one for
+            each token, NaN where a token has none and is not penalised. A constant: no gradient flows into it.
         low (`float`): κ_l, the lower bound as a multiple of `reference`.
         high (`float`): κ_r, the upper bound as a multiple of `reference`.
         kind (`str`, *optional*, defaults to `"hinge"`): `"hinge"`: relu(κ_l·H̄_W − H) + relu(H − κ_r·H̄_W), in nats,
@@ -158,7 +159,8 @@ def smoothing_penalty(
     tensor([0.4000, 0.0000, 1.0000])
     """
     if isinstance(reference, Tensor):
-        reference = reference.detach()
+        entropies = torch.where(reference.isnan(), 0.0, entropies)  # inside a corridor around nothing
+        reference = reference.detach().nan_to_num()
     below = low * reference - entropies
     above = entropies - high * reference
     if kind == "hinge":
@@ -166,6 +168,69 @@ def smoothing_penalty(
     if kind == "indicator":
         return ((below > 0) | (above > 0)).to(entropies.dtype)
     raise ValueError(f"`kind` is {kind!r}, but must be 'hinge' or 'indicator'.")
+
+
+def reference_by_turn(references: Sequence[float | None], turn_ids: Tensor) -> Tensor:
+    """
+    The reference of each token where every turn index has its own.
+
+    Args:
+        references (`Sequence[float | None]`): By turn index, in nats; `None` where there is none.
+        turn_ids (`Tensor` of shape `(B, T)`, int64): The turn of each token, counted from 0; −1 is no turn.
+
+    Returns:
+        `Tensor` of shape `(B, T)`, in nats; NaN where there is no reference, as in turns beyond the list.
+
+    >>> reference_by_turn([0.5, None], torch.tensor([[0, -1, 0, 1, 2]]))
+    tensor([[0.5000,    nan, 0.5000,    nan,    nan]])
+    """
+    values = [math.nan if value is None else value for value in references]
+    table = torch.tensor([*values, math.nan], device=turn_ids.device)  # the last entry is for turns without reference
+    return table[turn_ids.masked_fill(turn_ids < 0, len(values)).clamp(max=len(values))]
+
+
+def linear_reference(first: float, end_share: float, step: int, total_steps: int) -> float:
+    """
+    A reference that falls in a straight line over the run: H̄_0·(1 − (1 − s)·k/(K − 1)). Not in the paper.
+
+    Args:
+        first (`float`): H̄_0, the mean entropy of the first RL step, in nats.
+        end_share (`float`): s, what share of it is left at the last RL step.
+        step (`int`): k, the RL step, counted from 0. Steps beyond the last keep its reference.
+        total_steps (`int`): K, all RL steps of the run.
+
+    Returns:
+        `float`: In nats.
+
+    >>> linear_reference(2.0, 0.2, step=5, total_steps=11)
+    1.2
+    """
+    done = min(step / max(total_steps - 1, 1), 1.0)
+    return first * (1.0 - (1.0 - end_share) * done)
+
+
+def corridor_side(mean: float, reference: float, low: float, high: float) -> tuple[int, float]:
+    """
+    Where a batch's mean entropy is, seen from the corridor [κ_l·reference, κ_r·reference]. Not in the paper.
+
+    Args:
+        mean (`float`): The mean entropy, in nats.
+        reference (`float`): In nats.
+        low (`float`): κ_l.
+        high (`float`): κ_r.
+
+    Returns:
+        `tuple[int, float]`: The slope there of relu(κ_l·reference − mean) + relu(mean − κ_r·reference), −1 below, 0 inside
+        or 1 above, and the bound that was crossed, in nats (0 inside).
+
+    >>> corridor_side(2.5, reference=2.0, low=0.5, high=1.0)
+    (1, 2.0)
+    """
+    if mean > high * reference:
+        return 1, high * reference
+    if mean < low * reference:
+        return -1, low * reference
+    return 0, 0.0
 
 
 def phase_weight(step: int, total_steps: int, decay: float) -> float:

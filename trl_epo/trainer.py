@@ -310,6 +310,7 @@ class EPOTrainer(SeamedGRPOTrainer):
             max_steps=self.state.max_steps,
             micro_batches=self.current_gradient_accumulation_steps if self.mode == "train" else 1,
             first_pass=self.optimizer_micro_step < self.args.steps_per_generation,
+            step_ends=self.accelerator.sync_gradients,
         )
         metrics, loss = {}, policy_loss
         if self.entropy_term.acts:
