@@ -189,7 +189,7 @@ class EntropyTerm:
             amounts["references"] = torch.where(known, reference, 0.0).to(dtype).sum()
             amounts["tokens with reference"] = known.sum()
         if args.entropy_advantage_coef:
-            advantages = batch["advantages"].view(len(action), -1)  # (B, 1) or (B, T)
+            advantages = batch["advantages"].reshape(len(action), -1)  # (B, 1) or (B, T)
             added = self.shape_advantages(advantages, entropies) - advantages
             amounts["advantage"] = torch.where(action, added, 0.0).to(dtype).sum()
         sums = self.accelerator.reduce(torch.stack([amount.to(dtype) for amount in amounts.values()]), reduction="sum")
