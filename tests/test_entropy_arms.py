@@ -299,3 +299,11 @@ class TestTurnHistory:
 
     def test_other_arms_do_not_keep_it(self, tmp_path, tokenizer):
         assert train(tmp_path, tokenizer, **EPO).entropy_history.turn_means == []
+
+
+@pytest.mark.parametrize("arm", ["EPO-Decay", "per-turn history", "EA", "corridor, linear"])
+def test_windows_and_advantages_of_turns(tmp_path, tokenizer, arm):
+    settings = {"context": "window", "advantage_estimator": "turn"}
+    with_flag, without = (train(tmp_path, tokenizer, **kwargs, **settings) for kwargs in ARMS[arm])
+    assert torch.isfinite(weights(with_flag)).all()
+    assert (weights(with_flag) - weights(without)).abs().max() > 1e-5

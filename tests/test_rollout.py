@@ -11,11 +11,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from trl_epo.chat import ChatEncoder
+from trl_epo.contexts import ContextRules, add_observation
 from trl_epo.environment_pool import EnvironmentPool
 from trl_epo.envs import TextEnv
 from trl_epo.episode import StopReason, episode_row
 from trl_epo.generation import Sample
-from trl_epo.rollout import EpisodeStart, Limits, add_observation, parse_action, play_episodes
+from trl_epo.rollout import EpisodeStart, Limits, parse_action, play_episodes
 
 
 class ScriptedSampler:
@@ -61,14 +62,18 @@ def samplers():
 @pytest.fixture
 def play(tokenizer, samplers):
     def play(factory, texts=("right",), num=1, parser=parse_action, prompt=(), options=None, names=None, **limits):
-        limits = {"max_turns": 10, "max_turn_length": 20, "max_episode_length": 500, **limits}
+        limits = {"max_turns": 10, "max_turn_length": 20, **limits}
+        rules = {"max_length": limits.pop("max_episode_length", 500), "max_turn_length": limits["max_turn_length"]}
+        for name in ("context_length", "window", "overflow_to_window", "context_turns", "prompt_builder"):
+            if name in limits:
+                rules[name] = limits.pop(name)
         names = names or [None] * num
         starts = [EpisodeStart(list(prompt), seed=5, options=options or {}, environment=name) for name in names]
         sampler = ScriptedSampler(tokenizer, texts)
         samplers.append(sampler)
         pool = EnvironmentPool(factory)
         chat = ChatEncoder(tokenizer, [tokenizer.eos_token_id])
-        return play_episodes(starts, pool, chat, sampler, Limits(**limits), parser)
+        return play_episodes(starts, pool, ContextRules(chat, **rules), sampler, Limits(**limits), parser)
 
     return play
 

@@ -60,14 +60,87 @@ def test_equals_scoring_every_token(fused_model, data):
     weight = torch.randn(2, num_rows, width)
     logprobs, entropies = (values * scored for values in full_scores(fused_model, ids, attention, width))
     expected = gradients(fused_model, (logprobs * weight[0] + entropies * weight[1]).sum())
-    for split in (True, False):
-        scores = score_tokens(
-            fused_model, fused_model.base_model, ids, attention, scored, data.draw(st.sampled_from([None, 1])), split
-        )
+    options = {
+        "max_rows": st.sampled_from([None, 1, 2]),
+        "recompute": st.sampled_from([None, fused_model]),
+        "equal_number": st.sampled_from([None, lambda number: number + 2]),
+    }
+    for _ in range(2):
+        drawn = {name: data.draw(values) for name, values in options.items()}
+        scores = score_tokens(fused_model, fused_model.base_model, ids, attention, scored, **drawn)
         torch.testing.assert_close(scores.logprobs, logprobs, atol=1e-5, rtol=1e-5)
         torch.testing.assert_close(scores.entropies, entropies, atol=1e-5, rtol=1e-5)
         actual = gradients(fused_model, (scores.logprobs * weight[0] + scores.entropies * weight[1]).sum())
         torch.testing.assert_close(actual, expected, atol=1e-4, rtol=1e-4)
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.data())
+def test_contexts_are_scored_as_rows_of_their_own(fused_model, data):
+    """Episodes of several contexts against each context alone, read in full."""
+    generator = torch.Generator().manual_seed(data.draw(st.integers(0, 99)))
+    sizes = st.lists(st.integers(1, 12), min_size=1, max_size=4)
+    episodes = [
+        [torch.randint(3, 50, (size + 1,), generator=generator) for size in data.draw(sizes)] for _ in range(3)
+    ]
+    longest_prompt = 4
+    rows, attention, context_ids, expected = [], [], [], []
+    width = max(sum(map(len, contexts)) for contexts in episodes)
+    for contexts in episodes:
+        prompt = data.draw(st.integers(1, min(longest_prompt, len(contexts[0]))))  # of the first context
+        tokens = torch.cat(contexts)
+        left, right = longest_prompt - prompt, width - (len(tokens) - prompt)
+        pad = torch.nn.functional.pad
+        rows.append(pad(tokens, (left, right)))
+        attention.append(pad(torch.ones_like(tokens), (left, right)))
+        numbers = torch.cat([torch.full((len(context),), i) for i, context in enumerate(contexts)])
+        context_ids.append(pad(numbers[prompt:], (0, right)))
+        scores = torch.zeros(2, len(tokens))
+        start = 0
+        for context in contexts:
+            if len(context) > 1:
+                output = fused_model(input_ids=context[None], labels=context[None], fused_lm_head=True)
+                found = torch.stack([output.log_probs[0], output.entropy[0]])[:, -(len(context) - 1) :]
+                scores = scores.index_put(
+                    (torch.arange(2)[:, None], torch.arange(start + 1, start + len(context))[None]), found
+                )
+            start += len(context)
+        expected.append(pad(scores[:, prompt:], (0, right)))
+    ids, attention, context_ids = torch.stack(rows), torch.stack(attention), torch.stack(context_ids)
+    scored = (torch.rand(3, width, generator=generator) < 0.5).long()
+    expected = torch.stack(expected, dim=1) * scored
+    weight = torch.randn(2, 3, width, generator=generator)
+    reference = gradients(fused_model, (expected * weight).sum() + 0.0 * fused_model.model.norm.weight.sum())
+    scores = score_tokens(
+        fused_model,
+        fused_model.base_model,
+        ids,
+        attention,
+        scored,
+        context_ids=context_ids,
+        max_rows=data.draw(st.sampled_from([None, 1, 2])),
+        recompute=data.draw(st.sampled_from([None, fused_model])),
+    )
+    torch.testing.assert_close(torch.stack([scores.logprobs, scores.entropies]), expected, atol=1e-5, rtol=1e-5)
+    actual = gradients(fused_model, (torch.stack([scores.logprobs, scores.entropies]) * weight).sum())
+    torch.testing.assert_close(actual, reference, atol=1e-4, rtol=1e-4)
+
+
+def test_recomputed_forwards_keep_no_activations(fused_model):
+    """All forwards but the last are made twice with a gradient; what they kept for it would be one more logit each."""
+    ids, attention, width = batch([5] * 6, [60] * 6)
+    kept = {}
+    for recompute in (None, fused_model):
+        saved = []
+        with torch.autograd.graph.saved_tensors_hooks(
+            lambda t, saved=saved: saved.append(t.numel()) or t, lambda t: t
+        ):
+            score_tokens(
+                fused_model, fused_model.base_model, ids, attention, attention[:, -width:], max_rows=1,
+                recompute=recompute,
+            )  # fmt: skip
+        kept[recompute is not None] = sum(saved)
+    assert kept[True] < kept[False] / 4
 
 
 def test_computes_neither_padding_nor_the_head_elsewhere(fused_model):

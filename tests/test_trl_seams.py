@@ -43,7 +43,7 @@ def test_same_constructor_as_grpo_trainer():
     ours = inspect.signature(EPOTrainer.__init__).parameters
     theirs = inspect.signature(GRPOTrainer.__init__).parameters
     assert list(ours)[: len(theirs)] == list(theirs), f"The constructors differ. {REMEDY}"
-    assert list(ours)[len(theirs) :] == ["action_parser"]
+    assert list(ours)[len(theirs) :] == ["action_parser", "prompt_builder"]
 
 
 def test_entropies_are_returned_second_and_carry_a_gradient(model):

@@ -6,13 +6,14 @@ Every private name of TRL that this package relies on, and nothing else.
 """
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from accelerate.utils import DistributedType, gather, is_peft_model, set_seed
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 from transformers import PreTrainedModel
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import logging
@@ -131,8 +132,11 @@ class SeamedGRPOTrainer(GRPOTrainer):
         self._captured_entropies: list[Tensor] | None = None
         self._loss_inputs: dict[str, Any] | None = None  # what TRL's loss reads, while it is being computed
         self._played_batch: dict[str, list] | None = None
+        # The reward of each episode of the generation batch, over all processes; NaN for those that failed.
+        self.episode_rewards: Tensor | None = None
         # Which completion tokens carry loss, (B, T), while they are being scored; None: all of them.
         self._loss_mask: Tensor | None = None
+        self.loss_context_ids: Tensor | None = None  # the context of each of them, (B, T); None: all are in one
         super().__init__(*args, **kwargs)
 
     # What a subclass may override
@@ -211,8 +215,12 @@ class SeamedGRPOTrainer(GRPOTrainer):
         action_mask: list[list[int]],
         completions: list[list[dict[str, str]]],
         failed: list[bool],
+        context_ids: list[list[int]] | None = None,
     ) -> None:
-        """The completions of the current generation batch; those that `failed` get no reward at all."""
+        """
+        The completions of the current generation batch; those that `failed` get no reward at all. With `context_ids`
+        each token is scored with the earlier tokens of its own context before it, and no others.
+        """
         self._played_batch = {
             "fields": {
                 "prompt_ids": prompt_ids,
@@ -222,7 +230,33 @@ class SeamedGRPOTrainer(GRPOTrainer):
             },
             "completions": completions,
             "failed": failed,
+            "context_ids": context_ids,
         }
+
+    def padded(self, rows: list[list[int]], value: int) -> Tensor:
+        """Lists over the completion's tokens as a tensor of the batch, (B, T)."""
+        tensors = [torch.tensor(row, device=self.accelerator.device) for row in rows]
+        return pad(tensors, padding_value=value, pad_to_multiple_of=self.pad_to_multiple_of)
+
+    def unwrapped_replica(self, model: nn.Module) -> nn.Module:
+        """What to call for a forward that the backward pass computes again: DDP's wrapper counts the forwards."""
+        return model.module if isinstance(model, DistributedDataParallel) else model
+
+    def equal_number_of_forwards(self, model: nn.Module) -> Callable[[int], int] | None:
+        """The most forwards over all processes, given those of this one; `None` if each may make as many as it needs."""
+        if self.accelerator.distributed_type in (DistributedType.NO, *REPLICATED) and not getattr(
+            model, "broadcast_buffers", False
+        ):
+            return None
+
+        def largest(number: int) -> int:
+            return int(self.accelerator.gather(torch.tensor([number], device=self.accelerator.device)).max())
+
+        return largest
+
+    @property
+    def _rows_per_forward(self) -> int:
+        return self.args.per_device_train_batch_size if self.mode == "train" else self.args.per_device_eval_batch_size
 
     @property
     def optimizer_micro_step(self) -> int:
@@ -347,11 +381,11 @@ class SeamedGRPOTrainer(GRPOTrainer):
                     input_ids,
                     attention_mask,
                     self._loss_mask,
-                    max_rows=batch_size,
-                    # With sharded weights, or buffers that are broadcast, every process must call it equally often.
-                    split=self.accelerator.distributed_type in (DistributedType.NO, *REPLICATED)
-                    and not getattr(model, "broadcast_buffers", False),
+                    context_ids=self.loss_context_ids,
+                    max_rows=batch_size if self.loss_context_ids is None else self._rows_per_forward,
                     aux_loss=compute_aux_loss,
+                    recompute=self.unwrapped_replica(model) if self.loss_context_ids is not None else None,
+                    equal_number=self.equal_number_of_forwards(model),
                 )
             outputs = (scores.logprobs, scores.entropies if compute_entropy else None, scores.aux_loss)
         if self._captured_entropies is not None and outputs[1] is not None:
@@ -365,17 +399,18 @@ class SeamedGRPOTrainer(GRPOTrainer):
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         if "tool_mask" in inputs:
             self._loss_mask = inputs["completion_mask"] * inputs["tool_mask"]
+            self.loss_context_ids = inputs.get("context_ids")
         self._loss_inputs = dict(inputs)  # a copy: the batch may be used again
         try:
             return super().compute_loss(model, self._loss_inputs, return_outputs, num_items_in_batch)
         finally:
-            self._loss_mask = self._loss_inputs = None
+            self._loss_mask = self._loss_inputs = self.loss_context_ids = None
 
     def _generate_and_score_completions(self, inputs):
         try:
             return self.extend_batch(super()._generate_and_score_completions(self.prepare_rows(inputs)))
         finally:
-            self._played_batch = self._loss_mask = None
+            self._played_batch = self._loss_mask = self.loss_context_ids = None
 
     def _generate_single_turn(self, *args, **kwargs):
         was_training = self.model.training
@@ -389,15 +424,18 @@ class SeamedGRPOTrainer(GRPOTrainer):
         if self._played_batch is not None:
             outputs[3] = self._played_batch["completions"]
         if outputs[2] is not None:
-            masks = [torch.tensor(mask, device=self.accelerator.device) for mask in outputs[2]]
-            self._loss_mask = pad(masks, padding_value=0, pad_to_multiple_of=self.pad_to_multiple_of)
+            self._loss_mask = self.padded(outputs[2], 0)
+            if self._played_batch is not None and self._played_batch["context_ids"] is not None:
+                self.loss_context_ids = self.padded(self._played_batch["context_ids"], 0)
         return tuple(outputs)
 
     def _calculate_rewards(self, inputs, prompts, completions, completion_ids_list):
         rewards = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
         if self._played_batch is not None:
-            failed = torch.tensor(self._played_batch["failed"], device=rewards.device)
-            rewards[gather(failed)] = torch.nan  # no reward: neither loss nor baseline
+            failed = gather(torch.tensor(self._played_batch["failed"], device=rewards.device))
+            rewards[failed] = torch.nan  # no reward: neither loss nor baseline
+            self.episode_rewards = (rewards * self.reward_weights.to(rewards.device)).nansum(dim=1)
+            self.episode_rewards[failed] = torch.nan
         return rewards
 
     def _get_train_sampler(self, dataset=None):

@@ -14,6 +14,10 @@ SMOOTHING_KINDS = ("hinge", "indicator", "none")
 SCHEDULES = ("exponential", "constant")
 AGGREGATIONS = ("turn", "token")
 REFERENCES = ("history", "turn_history", "linear")
+CONTEXTS = ("transcript", "window")
+OVERFLOWS = ("stop", "window")
+ESTIMATORS = ("grpo", "gae", "gigpo", "turn")
+GROUP_FILTERS = ("mask", "resample")
 
 
 @dataclass
@@ -90,6 +94,45 @@ class EPOConfig(GRPOConfig):
             come in that time (`episode/late_answers` counts the others); `float("inf")` waits for each.
         invalid_action_penalty (`float`, *optional*, defaults to `0.0`):
             Subtracted from an episode's reward for each invalid action, in units of reward (paper: 0.1).
+        context (`str`, *optional*, defaults to `"transcript"`):
+            What the model sees before each action of a text episode. `"transcript"`: one growing chat, all turns so
+            far. `"window"`: a prompt of the turn's own (the paper's way), made by the trainer's `prompt_builder`. A
+            prompt that goes on, token by token, where the last action ended continues its context; any other begins a
+            new one. No forward of the loss holds more than `per_device_train_batch_size` contexts of the longest
+            length, however many turns an episode has.
+        context_turns (`int`, *optional*, defaults to `2`):
+            How many of the last turns such a prompt may tell about; fewer where they do not fit.
+        context_overflow (`str`, *optional*, defaults to `"stop"`):
+            What becomes of a transcript that has no room for another turn. `"stop"`: the episode ends, with the stop
+            reason `token_budget`. `"window"`: as soon as there is no room for a whole turn, it goes on with a prompt
+            as in `context="window"`, and grows again from there.
+        advantage_estimator (`str`, *optional*, defaults to `"grpo"`):
+            How the reward of a text episode is credited to its tokens. `"grpo"`: the episode's reward relative to its
+            group, as TRL computes it. `"gae"`: PPO, with a critic. `"gigpo"`: the former plus each turn's discounted
+            return relative to the other turns of the group in which the same was observed. `"turn"`: each turn's
+            discounted return relative to all turns of its group, for environments that reward single turns.
+        gamma (`float`, *optional*, defaults to `1.0`):
+            γ, the discount: a turn for `"gigpo"` and `"turn"`, an action token for `"gae"`. (The paper: 1.)
+        gae_lambda (`float`, *optional*, defaults to `1.0`):
+            λ of generalised advantage estimation, an action token.
+        gigpo_step_coef (`float`, *optional*, defaults to `1.0`):
+            ω, the weight of GiGPO's turn-level advantage.
+        critic_model (`str`, *optional*):
+            The critic of `"gae"`: a model on disk or the Hub, with or without a value head. `None`: the policy's
+            weights at the start, with a new value head that says 0; for a policy with adapters, with adapters of the
+            same kind.
+        critic_learning_rate (`float`, *optional*, defaults to `1e-5`):
+            Learning rate of the critic; follows the policy's schedule.
+        critic_warmup_steps (`int`, *optional*, defaults to `0`):
+            RL steps at the beginning in which only the critic learns.
+        critic_clip_range (`float`, *optional*, defaults to `0.2`):
+            How far a value may move from the one at the rollout before its loss no longer falls, in units of reward;
+            `float("inf")` for no clipping.
+        filter_zero_variance_groups (`str`, *optional*):
+            What to do with groups whose episodes all have the same return, which teach a group-relative estimator
+            nothing. `None`: they stay (and bear the entropy term and the KL penalty). `"mask"`: they are left out of
+            the loss. `"resample"`: they are played again, up to three times, with new seeds where the dataset gives
+            none, and then left out.
     """
 
     entropy_coef: float = field(
@@ -202,6 +245,56 @@ class EPOConfig(GRPOConfig):
         default=0.0,
         metadata={"help": "Subtracted from an episode's reward for each invalid action."},
     )
+    context: str = field(
+        default="transcript",
+        metadata={
+            "help": "What the model sees before each action: 'transcript' (one growing chat) or 'window' (a prompt of "
+            "the turn's own, the paper's way).",
+            "choices": CONTEXTS,
+        },
+    )
+    context_turns: int = field(
+        default=2, metadata={"help": "How many of the last turns a window's prompt may tell about."}
+    )
+    context_overflow: str = field(
+        default="stop",
+        metadata={
+            "help": "What becomes of a transcript that has no room for another turn: 'stop' (the episode ends) or "
+            "'window' (it goes on with a window's prompt).",
+            "choices": OVERFLOWS,
+        },
+    )
+    advantage_estimator: str = field(
+        default="grpo",
+        metadata={
+            "help": "How an episode's reward is credited to its tokens: 'grpo', 'gae' (PPO with a critic), 'gigpo' or "
+            "'turn'.",
+            "choices": ESTIMATORS,
+        },
+    )
+    gamma: float = field(
+        default=1.0, metadata={"help": "γ, the discount a turn ('gigpo', 'turn') or an action token ('gae')."}
+    )
+    gae_lambda: float = field(default=1.0, metadata={"help": "λ of generalised advantage estimation."})
+    gigpo_step_coef: float = field(default=1.0, metadata={"help": "ω, the weight of GiGPO's turn-level advantage."})
+    critic_model: str | None = field(
+        default=None, metadata={"help": "The critic of 'gae'. None: the policy's weights with a new value head."}
+    )
+    critic_learning_rate: float = field(default=1e-5, metadata={"help": "Learning rate of the critic."})
+    critic_warmup_steps: int = field(
+        default=0, metadata={"help": "RL steps at the beginning in which only the critic learns."}
+    )
+    critic_clip_range: float = field(
+        default=0.2, metadata={"help": "How far a value may move from the one at the rollout, in units of reward."}
+    )
+    filter_zero_variance_groups: str | None = field(
+        default=None,
+        metadata={
+            "help": "Groups whose returns are all equal: None (they stay), 'mask' (left out of the loss) or 'resample' "
+            "(played again, up to three times).",
+            "choices": GROUP_FILTERS,
+        },
+    )
 
     def __post_init__(self):
         if not self.use_cpu and not torch.accelerator.is_available():
@@ -212,6 +305,7 @@ class EPOConfig(GRPOConfig):
         super().__post_init__()
         self._check_entropy_terms()
         self._check_episodes()
+        self._check_credit()
 
     def _check_entropy_terms(self):
         _check_choice("entropy_smoothing", self.entropy_smoothing, SMOOTHING_KINDS)
@@ -282,6 +376,10 @@ class EPOConfig(GRPOConfig):
             value = getattr(self, name)
             if not isinstance(value, int) or value < 1:
                 raise ValueError(f"`{name}` is {value!r}, but must be a whole number of at least 1.")
+        _check_choice("context", self.context, CONTEXTS)
+        _check_choice("context_overflow", self.context_overflow, OVERFLOWS)
+        if not isinstance(self.context_turns, int) or self.context_turns < 0:
+            raise ValueError(f"`context_turns` is {self.context_turns!r}, but must be a whole number of at least 0.")
         if self.max_concurrent_episodes is not None and self.max_concurrent_episodes < 1:
             raise ValueError(
                 f"`max_concurrent_episodes` is {self.max_concurrent_episodes}, but must be at least 1, or `None` for "
@@ -293,6 +391,33 @@ class EPOConfig(GRPOConfig):
             raise ValueError(
                 f"`max_completion_length` is {self.max_completion_length}, but must be at least 1 token, or `None` "
                 "for the default."
+            )
+
+    def _check_credit(self):
+        _check_choice("advantage_estimator", self.advantage_estimator, ESTIMATORS)
+        if self.filter_zero_variance_groups is not None:
+            _check_choice("filter_zero_variance_groups", self.filter_zero_variance_groups, GROUP_FILTERS)
+        for name in ("gamma", "gae_lambda"):
+            _check_non_negative(name, getattr(self, name))
+            if getattr(self, name) > 1:
+                raise ValueError(f"`{name}` is {getattr(self, name)}, but must be at most 1.")
+        _check_non_negative("gigpo_step_coef", self.gigpo_step_coef)
+        _check_non_negative("critic_learning_rate", self.critic_learning_rate)
+        if not self.critic_clip_range > 0:
+            raise ValueError(f"`critic_clip_range` is {self.critic_clip_range}, but must be above 0.")
+        if not isinstance(self.critic_warmup_steps, int) or self.critic_warmup_steps < 0:
+            raise ValueError(
+                f"`critic_warmup_steps` is {self.critic_warmup_steps!r}, but must be a whole number of at least 0."
+            )
+        if self.advantage_estimator == "gae" and self.filter_zero_variance_groups is not None:
+            raise ValueError(
+                f"`filter_zero_variance_groups={self.filter_zero_variance_groups!r}` is for group-relative advantages; "
+                "with `advantage_estimator='gae'` leave it `None`."
+            )
+        if self.advantage_estimator != "grpo" and self.multi_objective_aggregation != "sum_then_normalize":
+            raise ValueError(
+                f"`advantage_estimator={self.advantage_estimator!r}` needs the sum of an episode's rewards, but "
+                f"`multi_objective_aggregation` is {self.multi_objective_aggregation!r}: set it to 'sum_then_normalize'."
             )
 
 

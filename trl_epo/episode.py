@@ -22,7 +22,8 @@ class Turn:
 
     Args:
         observation_ids (`tuple[int, ...]`): Tokens between the previous action and this one: the observation as the
-            chat template renders it. Empty for the first turn, whose observation ends the prompt.
+            chat template renders it or, if the turn `starts_context`, its whole prompt. Empty for the first turn, whose
+            observation ends the episode's prompt.
         action_ids (`tuple[int, ...]`): The tokens the policy sampled, as sampled.
         logprobs (`tuple[float, ...]` or `None`): Log-probability of each sampled token at the sampling temperature,
             in nats; `None` if the generation backend does not tell.
@@ -31,6 +32,8 @@ class Turn:
         invalid (`bool`): Whether the parser found no action or the environment did not understand it.
         observation (`str`): The environment's answer to the action.
         reward (`float`): The environment's reward for the action.
+        starts_context (`bool`): Whether the model saw none of the episode's earlier tokens, but a prompt of this
+            turn's own.
     """
 
     observation_ids: tuple[int, ...]
@@ -41,6 +44,7 @@ class Turn:
     invalid: bool
     observation: str
     reward: float
+    starts_context: bool = False
 
 
 @dataclass(frozen=True)
@@ -49,7 +53,7 @@ class Episode:
     An episode as it was played.
 
     Args:
-        prompt (`list[dict]`): The first messages; the last one ends with the first observation.
+        prompt (`list[dict]`): The first messages; the last one holds the first observation.
         prompt_ids (`tuple[int, ...]`): The same as tokens, with the assistant's header.
         turns (`tuple[Turn, ...]`): The turns in order.
         stop_reason ([`StopReason`]): Why it ended.
@@ -59,6 +63,7 @@ class Episode:
         seed (`int`): The seed it was reset with.
         num_late_answers (`int`): How often generation went on without the environment's answer.
         failure (`str` or `None`): The error, if `stop_reason` is a failure.
+        first_observation (`str`): What `reset` answered.
     """
 
     prompt: list[dict[str, Any]]
@@ -71,6 +76,7 @@ class Episode:
     seed: int = 0
     num_late_answers: int = 0
     failure: str | None = None
+    first_observation: str = ""
 
     @property
     def failed(self) -> bool:
@@ -86,6 +92,21 @@ class Episode:
     def num_invalid_actions(self) -> int:
         """Number of turns whose action was invalid."""
         return sum(turn.invalid for turn in self.turns)
+
+    @property
+    def observations(self) -> list[str]:
+        """What each turn's action answered."""
+        return [self.first_observation, *(turn.observation for turn in self.turns)][: len(self.turns)]
+
+    @property
+    def context_lengths(self) -> list[int]:
+        """Tokens of each of the contexts that the model saw, the sampled ones included; one for a plain transcript."""
+        lengths = [len(self.prompt_ids)]
+        for turn in self.turns:
+            if turn.starts_context:
+                lengths.append(0)
+            lengths[-1] += len(turn.observation_ids) + len(turn.action_ids)
+        return lengths
 
     @property
     def completion(self) -> list[dict[str, str]]:
@@ -106,30 +127,37 @@ class Row:
         completion_ids (`list[int]`): Actions and the observations between them.
         action_mask (`list[int]`): 1 at action tokens, 0 at observation tokens.
         turn_ids (`list[int]`): The turn of each action token, counted from 0; −1 at observation tokens.
+        context_ids (`list[int]`): The context of each token, counted from 0: it attends to the earlier tokens of the
+            same context only. The prompt belongs to context 0.
         logprobs (`list[float]` or `None`): Sampling log-probabilities in nats; 0.0 at observation tokens.
     """
 
     completion_ids: list[int]
     action_mask: list[int]
     turn_ids: list[int]
+    context_ids: list[int]
     logprobs: list[float] | None
 
 
 def episode_row(episode: Episode, placeholder_id: int) -> Row:
     """
-    Lay an episode's sampled tokens out as a training row; nothing is tokenised again.
+    Lay an episode's sampled tokens out as a training row, one context after the other; nothing is tokenised again.
 
     A failed episode gives a single masked `placeholder_id` token, so that it keeps its place in the batch without
     being trained on.
     """
     if episode.failed or not episode.turns:
-        return Row([placeholder_id], [0], [-1], [0.0])
-    completion_ids, action_mask, turn_ids, logprobs = [], [], [], []
+        return Row([placeholder_id], [0], [-1], [0], [0.0])
+    completion_ids, action_mask, turn_ids, context_ids, logprobs = [], [], [], [], []
+    context = 0
     for index, turn in enumerate(episode.turns):
         num_observation, num_action = len(turn.observation_ids), len(turn.action_ids)
+        context += turn.starts_context
         completion_ids += [*turn.observation_ids, *turn.action_ids]
         action_mask += [0] * num_observation + [1] * num_action
         turn_ids += [-1] * num_observation + [index] * num_action
+        context_ids += [context] * (num_observation + num_action)
         if turn.logprobs is not None:
             logprobs += [0.0] * num_observation + [*turn.logprobs]
-    return Row(completion_ids, action_mask, turn_ids, logprobs if len(logprobs) == len(completion_ids) else None)
+    logprobs = logprobs if len(logprobs) == len(completion_ids) else None
+    return Row(completion_ids, action_mask, turn_ids, context_ids, logprobs)

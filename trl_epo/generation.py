@@ -79,6 +79,9 @@ class TurnSampler(Protocol):
         episode that is new, its prompt. `max_new_tokens` limits the turn.
         """
 
+    def rewind(self, episode: int, num_tokens: int) -> None:
+        """Forget all of an episode's tokens but the first `num_tokens`; new ones follow these."""
+
     def drop(self, episode: int) -> None:
         """The episode has ended."""
 
@@ -206,6 +209,11 @@ class CachedTurnSampler:
         row.room = max_new_tokens
         row.token_ids, row.logprobs = [], []
         self._asked.append(row)
+
+    def rewind(self, episode: int, num_tokens: int) -> None:
+        row = next(row for row in self._rows if row.episode == episode)
+        del row.tokens[num_tokens:]
+        row.num_cached = min(row.num_cached, num_tokens)
 
     def drop(self, episode: int) -> None:
         for row in self._rows:
@@ -393,6 +401,9 @@ class RequestTurnSampler:
     def add(self, episode: int, new_ids: Sequence[int], max_new_tokens: int) -> None:
         self._transcripts.setdefault(episode, []).extend(new_ids)
         self._asked[episode] = max_new_tokens
+
+    def rewind(self, episode: int, num_tokens: int) -> None:
+        del self._transcripts[episode][num_tokens:]
 
     def drop(self, episode: int) -> None:
         self._transcripts.pop(episode, None)

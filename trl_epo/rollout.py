@@ -11,7 +11,7 @@ from concurrent.futures import FIRST_COMPLETED, Future, wait
 from dataclasses import dataclass, field
 from typing import Any
 
-from .chat import ChatEncoder
+from .contexts import ContextRules, NextTurn, PastTurn, TurnView, add_observation
 from .environment_pool import EnvironmentPool, EnvironmentWorker
 from .episode import Episode, StopReason, Turn
 from .generation import Sample, TurnSampler
@@ -65,16 +65,12 @@ class Limits:
     Args:
         max_turns (`int`): Actions per episode.
         max_turn_length (`int`): New tokens per action.
-        max_episode_length (`int`): Tokens after the prompt, observations included.
-        context_length (`int` or `None`): Tokens with the prompt; `None` if the model has no bound.
         max_concurrent_episodes (`float`): Episodes that are played at once.
         patience (`float`): How long generation waits for an environment's answer before it goes on without, in seconds.
     """
 
     max_turns: int
     max_turn_length: int
-    max_episode_length: int
-    context_length: int | None = None
     max_concurrent_episodes: float = math.inf
     patience: float = math.inf
 
@@ -86,10 +82,12 @@ class _Playing:
     start: EpisodeStart
     worker: EnvironmentWorker | None = None
     prompt: list[dict[str, Any]] = field(default_factory=list)
-    prompt_ids: list[int] = field(default_factory=list)
+    prompt_ids: tuple[int, ...] = ()
     turns: list[Turn] = field(default_factory=list)
-    observation_ids: list[int] = field(default_factory=list)  # before the next action; none in the first turn
-    room: int = 0  # tokens left for the next action
+    first_observation: str = ""
+    context: list[int] = field(default_factory=list)  # all tokens of the present context up to the last action
+    context_prompt_length: int = 0  # how many of them were its first prompt
+    next_turn: NextTurn | None = None  # what comes before the next action
     sample: Sample | None = None  # the action that the environment is to answer; None: `reset`
     text: str = ""
     action: str | None = None
@@ -107,10 +105,24 @@ class _Playing:
             return _failed(error)
         return self.worker.reset(self.start.seed, self.start.options)
 
-    def act(self, sample: Sample, chat: ChatEncoder, action_parser: ActionParser) -> Future:
+    def ask(self, index: int, sampler: TurnSampler, limits: Limits) -> None:
+        """Ask the sampler for the next action."""
+        new_ids, starts_context, room = self.next_turn
+        if starts_context:
+            kept = _num_equal(self.context, new_ids)
+            if self.context:
+                sampler.rewind(index, kept)
+            self.context, self.context_prompt_length = list(new_ids), len(new_ids)
+            new_ids = new_ids[kept:]
+        else:
+            self.context += new_ids
+        sampler.add(index, new_ids, min(limits.max_turn_length, room))
+
+    def act(self, sample: Sample, rules: ContextRules, action_parser: ActionParser) -> Future:
         """Ask the environment to answer the sampled action."""
         self.sample = sample
-        self.text = chat.tokenizer.decode(sample.token_ids, skip_special_tokens=True)
+        self.context += sample.token_ids
+        self.text = rules.chat.tokenizer.decode(sample.token_ids, skip_special_tokens=True)
         try:
             self.action = action_parser(self.text)
         except Exception as error:
@@ -119,31 +131,24 @@ class _Playing:
             self.action or ""
         )  # no action is an empty one: the environment answers in its own words
 
-    def take_answer(self, answer: Future, chat: ChatEncoder, limits: Limits) -> None:
+    def take_answer(self, answer: Future, rules: ContextRules, limits: Limits) -> None:
         """Note what the environment answered, and prepare the next turn or stop."""
         try:
             if self.sample is None:
-                self._begin(*answer.result(), chat, limits)
+                self._begin(*answer.result(), rules)
             else:
-                self._note_turn(*answer.result(), chat, limits)
+                self._note_turn(*answer.result(), rules, limits)
         except Exception as error:
             self.stop_reason = StopReason.FAILURE
             self.failure = "".join(traceback.format_exception(error))
             self.prompt = self.prompt or add_observation(self.start.prompt, "")
             logger.warning("An episode failed and is left out of training:\n%s", self.failure)
 
-    def _begin(self, observation: str, info: dict[str, Any], chat: ChatEncoder, limits: Limits) -> None:
+    def _begin(self, observation: str, info: dict[str, Any], rules: ContextRules) -> None:
         self._note_info(info)
-        self.prompt = add_observation(self.start.prompt, observation)
-        self.prompt_ids = chat.encode_prompt(self.prompt)
-        self.room = limits.max_episode_length
-        if limits.context_length is not None:
-            self.room = min(self.room, limits.context_length - len(self.prompt_ids))
-        if self.room < 1:
-            raise ValueError(
-                f"The first prompt has {len(self.prompt_ids)} tokens, which leaves no room for an action in the "
-                f"model's context of {limits.context_length} tokens."
-            )
+        self.first_observation = observation
+        self.prompt, self.next_turn = rules.first(self.start.prompt, observation, info)
+        self.prompt_ids = tuple(self.next_turn.new_ids)
 
     def _note_turn(
         self,
@@ -152,14 +157,15 @@ class _Playing:
         terminated: bool,
         truncated: bool,
         info: dict[str, Any],
-        chat: ChatEncoder,
+        rules: ContextRules,
         limits: Limits,
     ) -> None:
         self._note_info(info)
         token_ids, logprobs = self.sample
+        is_first = not self.turns
         self.turns.append(
             Turn(
-                observation_ids=tuple(self.observation_ids),
+                observation_ids=() if is_first else tuple(self.next_turn.new_ids),
                 action_ids=tuple(token_ids),
                 logprobs=None if logprobs is None else tuple(logprobs),
                 text=self.text,
@@ -167,6 +173,7 @@ class _Playing:
                 invalid=self.action is None or bool(info.get("invalid_action", False)),
                 observation=observation,
                 reward=reward,
+                starts_context=not is_first and self.next_turn.starts_context,
             )
         )
         if terminated:
@@ -176,10 +183,17 @@ class _Playing:
         elif len(self.turns) == limits.max_turns:
             self.stop_reason = StopReason.MAX_TURNS
         else:
-            self.observation_ids = chat.encode_observation(observation, last_action_token=token_ids[-1])
-            self.room -= len(token_ids) + len(self.observation_ids)
-            if self.room < 1:
+            turn = TurnView(self.start.prompt, self.first_observation, len(self.turns), (), observation, info)
+            self.next_turn = rules.next(self.context, self.context_prompt_length, turn, self._past_turns())
+            if self.next_turn is None:
                 self.stop_reason = StopReason.TOKEN_BUDGET
+
+    def _past_turns(self) -> list[PastTurn]:
+        observations = [self.first_observation, *(turn.observation for turn in self.turns)]
+        return [
+            PastTurn(observation, turn.text, turn.action or turn.text)
+            for observation, turn in zip(observations, self.turns, strict=False)
+        ]
 
     def _note_info(self, info: dict[str, Any]) -> None:
         success = info.get("success")
@@ -200,7 +214,7 @@ class _Playing:
     def finish(self) -> Episode:
         return Episode(
             prompt=self.prompt,
-            prompt_ids=tuple(self.prompt_ids),
+            prompt_ids=self.prompt_ids,
             turns=tuple(self.turns),
             stop_reason=self.stop_reason,
             success=self.success,
@@ -209,19 +223,20 @@ class _Playing:
             seed=self.start.seed,
             num_late_answers=self.num_late_answers,
             failure=self.failure,
+            first_observation=self.first_observation,
         )
 
 
 def play_episodes(
     starts: Sequence[EpisodeStart],
     pool: EnvironmentPool,
-    chat: ChatEncoder,
+    rules: ContextRules,
     sampler: TurnSampler,
     limits: Limits,
     action_parser: ActionParser = parse_action,
 ) -> list[Episode]:
     """
-    Play one episode from each start, many of them at once.
+    Play one episode from each start, many of them at once. `rules` say what the model sees before each action.
 
     Environments answer on threads of their own while the sampler goes on with other episodes. What is sampled together
     depends on the episodes alone, not on how fast they answer, as long as each answer takes at most
@@ -235,7 +250,7 @@ def play_episodes(
     """
     episodes = [_Playing(start) for start in starts]
     try:
-        _play(episodes, pool, chat, sampler, limits, action_parser)
+        _play(episodes, pool, rules, sampler, limits, action_parser)
     finally:
         for episode in episodes:  # after an interruption some still have their environments
             episode.leave(pool)
@@ -245,7 +260,7 @@ def play_episodes(
 def _play(
     episodes: list[_Playing],
     pool: EnvironmentPool,
-    chat: ChatEncoder,
+    rules: ContextRules,
     sampler: TurnSampler,
     limits: Limits,
     action_parser: ActionParser,
@@ -271,17 +286,15 @@ def _play(
                 break
             for index in answered:
                 episode = episodes[index]
-                episode.take_answer(answers.pop(index), chat, limits)
+                episode.take_answer(answers.pop(index), rules, limits)
                 if episode.stop_reason is None:
-                    # The first turn follows the prompt, any other the observation that answers the last action.
-                    new_ids = episode.observation_ids if episode.turns else episode.prompt_ids
-                    sampler.add(index, new_ids, min(limits.max_turn_length, episode.room))
+                    episode.ask(index, sampler, limits)
                 else:
                     sampler.drop(index)
                     episode.leave(pool)
                     num_open -= 1
         for index, sample in sampler.advance() if sampler.is_busy else ():
-            answers[index] = episodes[index].act(sample, chat, action_parser)
+            answers[index] = episodes[index].act(sample, rules, action_parser)
 
 
 def _failed(error: Exception) -> Future:
@@ -290,10 +303,7 @@ def _failed(error: Exception) -> Future:
     return future
 
 
-def add_observation(prompt: list[dict[str, Any]], observation: str) -> list[dict[str, Any]]:
-    """`prompt` with the first observation appended to its last user message, or as a user message of its own."""
-    if prompt and prompt[-1]["role"] == "user":
-        content = prompt[-1]["content"]
-        joined = f"{content}\n\n{observation}" if content and observation else content + observation
-        return [*prompt[:-1], {**prompt[-1], "content": joined}]
-    return [*prompt, {"role": "user", "content": observation}]
+def _num_equal(old: list[int], new: list[int]) -> int:
+    """How many tokens two contexts have in common at their beginning; one of `new` is left to be read."""
+    limit = min(len(old), len(new) - 1)
+    return next((index for index in range(limit) if old[index] != new[index]), limit)

@@ -1,6 +1,6 @@
 """Dataset rows of text episodes: what they may hold, and rows for environments that need none."""
 
-from typing import Any
+from typing import Any, NamedTuple
 
 from datasets import Dataset
 
@@ -32,7 +32,15 @@ def placeholder_dataset(args: EPOConfig, pool: EnvironmentPool) -> Dataset:
     return Dataset.from_dict({"prompt": [[{"role": "user", "content": ""}]] * num_rows})
 
 
-def check_first_row(pool: EnvironmentPool, dataset) -> None:
+class FirstRow(NamedTuple):
+    """The dataset's first row: its prompt, and what `reset` answered to it."""
+
+    prompt: list[dict[str, Any]]
+    observation: str
+    info: dict[str, Any]
+
+
+def check_first_row(pool: EnvironmentPool, dataset) -> FirstRow:
     """Reset an environment with the dataset's first row, so that a misfit shows before any training time is spent."""
     row = next(iter(dataset))
     prompt = row.get("prompt")
@@ -50,7 +58,7 @@ def check_first_row(pool: EnvironmentPool, dataset) -> None:
     worker = pool.take(name)
     options = environment_options(row)
     try:
-        worker.reset(seed=0, options=options).result()
+        answer = worker.reset(seed=0, options=options).result()
     except Exception as error:
         kind = worker.call(lambda env: type(env).__name__).result()
         pool.discard(worker)
@@ -59,3 +67,4 @@ def check_first_row(pool: EnvironmentPool, dataset) -> None:
             "`trl_epo.check_env` tells what is wrong with an environment."
         ) from error
     pool.give_back(name, worker)
+    return FirstRow(prompt or [], *answer)

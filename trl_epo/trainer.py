@@ -14,26 +14,43 @@ import numpy as np
 import torch
 from accelerate.utils import gather_object
 from torch import Tensor
-from trl.trainer.utils import get_config_model_id, pad
+from trl.trainer.utils import get_config_model_id
 
 from ._trl_seams import SeamedGRPOTrainer
+from .advantages import (
+    anchored_advantages,
+    discounted_returns,
+    flat_groups,
+    gae,
+    rewards_at_turn_ends,
+    spread_over_tokens,
+    turn_advantages,
+    turn_rewards,
+    value_loss,
+)
 from .chat import ChatEncoder
 from .config import EPOConfig
+from .contexts import ContextRules, PromptBuilder, build_prompt, describe_turn
+from .critic import Critic, make_critic
 from .entropy_term import EntropyTerm, Moment, action_mask
 from .environment_pool import make_environment_pool
 from .episode import Episode, episode_row
-from .generation import make_logits_processors
+from .generation import TurnSampler, make_logits_processors
 from .history import EntropyHistory
 from .metrics import EpisodeSummary, episode_metrics
 from .model_card import complete_model_card
-from .objective import turn_ids_from_mask
+from .objective import token_mean, turn_ids_from_mask
 from .rollout import ActionParser, EpisodeStart, Limits, parse_action, play_episodes
-from .rows import check_first_row, environment_options, placeholder_dataset
+from .rows import FirstRow, check_first_row, environment_options, placeholder_dataset
+from .scoring import lay_out_contexts
 
 
 logger = logging.getLogger(__name__)
 
 HISTORY_FILE = "entropy_history.json"
+# Not directly below the checkpoint, where transformers takes every folder with an adapter for one of the policy's
+CRITIC_FOLDER = os.path.join("critic", "model")
+MAX_RESAMPLES = 3  # of a group whose returns are all equal
 DEFAULT_COMPLETION_LENGTH = 512  # TRL's default, in tokens
 
 
@@ -72,6 +89,10 @@ class EPOTrainer(SeamedGRPOTrainer):
         action_parser (`Callable[[str], str | None]`, *optional*):
             Finds the action in the model's text; `None` is an invalid action. Defaults to
             [`~trl_epo.rollout.parse_action`].
+        prompt_builder (`Callable[[TurnView], str | list[dict]]`, *optional*):
+            Makes a turn's prompt where a window is asked for (`EPOConfig.context`, `context_overflow`), as a user
+            message or as all messages. Defaults to [`~trl_epo.contexts.build_prompt`] and, where a transcript
+            overflows, to [`~trl_epo.contexts.describe_turn`].
 
     Raises:
         TypeError: If `args` is not an [`EPOConfig`].
@@ -109,6 +130,7 @@ class EPOTrainer(SeamedGRPOTrainer):
         rollout_func=None,
         environment_factory: Callable | dict[str, Callable] | None = None,
         action_parser: ActionParser = parse_action,
+        prompt_builder: PromptBuilder | None = None,
     ):
         if args is None:
             name = model if isinstance(model, str) else get_config_model_id(model.config)
@@ -116,10 +138,14 @@ class EPOTrainer(SeamedGRPOTrainer):
         if not isinstance(args, EPOConfig):
             raise TypeError(f"`args` is a {type(args).__name__}, but must be an `EPOConfig` (from trl_epo).")
         self._action_parser = action_parser
+        self._prompt_builder = prompt_builder or (build_prompt if args.context == "window" else describe_turn)
         self._summaries: dict[str, list[EpisodeSummary]] = {"train": [], "eval": []}
         self._num_eval_rows = 0
         self._eval_prefix = "eval"
         self._episode_limits: Limits | None = None
+        self._episodes: list[Episode] = []  # of the generation batch
+        self._num_resampled = 0  # groups that were played again for it
+        self._critic: Critic | None = None
 
         self._environments = make_environment_pool(environment_factory)
         if self._environments is not None:
@@ -161,7 +187,13 @@ class EPOTrainer(SeamedGRPOTrainer):
                 )
             if train_dataset is None:
                 train_dataset = placeholder_dataset(args, self._environments)
-            check_first_row(self._environments, train_dataset)
+            first_row = check_first_row(self._environments, train_dataset)
+        elif args.advantage_estimator != "grpo" or args.filter_zero_variance_groups or args.context != "transcript":
+            raise ValueError(
+                f"`advantage_estimator={args.advantage_estimator!r}`, `filter_zero_variance_groups="
+                f"{args.filter_zero_variance_groups!r}` and `context={args.context!r}` are for text episodes, but there "
+                "is no text environment. Give an `environment_factory`, or leave them at 'grpo', None and 'transcript'."
+            )
         own_reward = self._environments is not None and not reward_funcs
         if args.max_completion_length is None and self._environments is None:
             args.max_completion_length = DEFAULT_COMPLETION_LENGTH
@@ -186,7 +218,7 @@ class EPOTrainer(SeamedGRPOTrainer):
         if not args.use_adaptive_entropy:
             self.disable_own_entropy_bonus()
         if self._environments is not None:
-            self._prepare_text_episodes(own_reward)
+            self._prepare_text_episodes(own_reward, first_row)
 
     def train(self, *args, **kwargs):
         self.entropy_term.history = EntropyHistory()  # a resumed run loads its own
@@ -199,7 +231,7 @@ class EPOTrainer(SeamedGRPOTrainer):
 
     # Rollouts: Algorithm 1, "collect trajectories"
 
-    def _prepare_text_episodes(self, own_reward: bool) -> None:
+    def _prepare_text_episodes(self, own_reward: bool, first_row: FirstRow) -> None:
         if self.learns_prompts:
             raise ValueError(
                 "Text episodes cannot be played with a prompt-learning adapter (prompt tuning, prefix tuning): it puts "
@@ -219,30 +251,43 @@ class EPOTrainer(SeamedGRPOTrainer):
         self._episode_limits = Limits(
             max_turns=self.args.max_turns,
             max_turn_length=self.args.max_turn_length,
-            max_episode_length=self.max_completion_length,
-            context_length=context_length,
             max_concurrent_episodes=self.args.max_concurrent_episodes or math.inf,
             patience=self.args.environment_patience,
         )
+        self._context_rules = ContextRules(
+            self._chat,
+            max_length=self.max_completion_length,
+            context_length=context_length,
+            max_turn_length=self.args.max_turn_length,
+            window=self.args.context == "window",
+            overflow_to_window=self.args.context_overflow == "window",
+            context_turns=self.args.context_turns,
+            prompt_builder=self._prompt_builder,
+        )
+        self._context_rules.check_builder(*first_row)
+        if self.args.advantage_estimator == "gae":
+            model = make_critic(self.accelerator.unwrap_model(self.model), self.args.critic_model)
+            checkpointing = (
+                (self.args.gradient_checkpointing_kwargs or {}) if self.args.gradient_checkpointing else None
+            )
+            self._critic = Critic(model, self.accelerator, checkpointing)
 
     def prepare_rows(self, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
         if self.mode == "train":
             self.entropy_history.begin_step()
         if self._environments is None:
             return rows
-        starts = self._episode_starts(rows)
+        resamples = MAX_RESAMPLES * (self.mode == "train" and self.args.filter_zero_variance_groups == "resample")
+        starts = [self._episode_starts(rows, attempt) for attempt in range(1 + resamples)]
         with self.turn_sampler() as sampler:  # the model is in evaluation mode in here
-            episodes = play_episodes(
-                starts=starts,
-                pool=self._environments,
-                chat=self._chat,
-                sampler=sampler,
-                limits=self._episode_limits,
-                action_parser=self._action_parser,
-            )
+            episodes = self._play(starts[0], sampler)
+            for again in starts[1:]:
+                self._play_flat_groups_again(again, episodes, sampler)
+        self._episodes = episodes
         pad_id = self._tokenizer.pad_token_id
         training_rows = [episode_row(episode, pad_id) for episode in episodes]
         logprobs = [row.logprobs for row in training_rows]
+        windowed = self.args.context == "window" or self.args.context_overflow == "window"
         self.set_played_batch(
             # A failed episode keeps its place in the batch, but not its prompt, which may be what failed.
             prompt_ids=[[pad_id] if episode.failed else list(episode.prompt_ids) for episode in episodes],
@@ -251,6 +296,7 @@ class EPOTrainer(SeamedGRPOTrainer):
             action_mask=[row.action_mask for row in training_rows],
             completions=[episode.completion for episode in episodes],
             failed=[episode.failed for episode in episodes],
+            context_ids=[row.context_ids for row in training_rows] if windowed else None,
         )
         self._turn_ids = [row.turn_ids for row in training_rows]
         self._summaries[self.mode] += gather_object([EpisodeSummary.of(episode) for episode in episodes])
@@ -260,7 +306,33 @@ class EPOTrainer(SeamedGRPOTrainer):
             for row, episode in zip(rows, episodes, strict=True)
         ]
 
-    def _episode_starts(self, rows: list[dict[str, Any]]) -> list[EpisodeStart]:
+    def _play(self, starts: list[EpisodeStart], sampler: TurnSampler) -> list[Episode]:
+        return play_episodes(
+            starts=starts,
+            pool=self._environments,
+            rules=self._context_rules,
+            sampler=sampler,
+            limits=self._episode_limits,
+            action_parser=self._action_parser,
+        )
+
+    def _play_flat_groups_again(
+        self, starts: list[EpisodeStart], episodes: list[Episode], sampler: TurnSampler
+    ) -> None:
+        """Replace the episodes of groups whose rewards from the environment are all equal."""
+        rewards = [math.nan if episode.failed else sum(self._own_turn_rewards(episode)) for episode in episodes]
+        flat = flat_groups(gather_object(rewards), self.num_generations)
+        self._num_resampled += sum(flat)
+        first = self.accelerator.process_index * len(episodes)
+        again = [i for i in range(len(episodes)) if flat[(first + i) // self.num_generations]]
+        for i, episode in zip(again, self._play([starts[i] for i in again], sampler), strict=True):
+            episodes[i] = episode
+
+    def _own_turn_rewards(self, episode: Episode) -> list[float]:
+        """The environment's reward for each turn, less the penalty for an invalid action."""
+        return [turn.reward - self.args.invalid_action_penalty * turn.invalid for turn in episode.turns]
+
+    def _episode_starts(self, rows: list[dict[str, Any]], attempt: int = 0) -> list[EpisodeStart]:
         """Where each row's episode begins; the copies of a row, on whatever process, share one seed."""
         train = self.mode == "train"
         group_size = self.num_generations if train else self.num_generations_eval
@@ -274,7 +346,7 @@ class EPOTrainer(SeamedGRPOTrainer):
             if seed is None:
                 # Training: a new seed each RL step. Evaluation: the same panel each time.
                 step = self.entropy_history.step if train else 0
-                seed = derived_seed(self.args.seed, train, step, index // group_size)
+                seed = derived_seed(self.args.seed, train, step, index // group_size, attempt)
             name = row.get("environment") if self._environments.named else None
             starts.append(EpisodeStart(row.get("prompt") or [], seed, environment_options(row), name))
         return starts
@@ -284,16 +356,111 @@ class EPOTrainer(SeamedGRPOTrainer):
         self._eval_prefix = metric_key_prefix
         return super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
 
+    # Credit assignment
+
     def extend_batch(self, batch: dict[str, Any]) -> dict[str, Any]:
-        mask = action_mask(batch)
         if self._environments is None:
-            batch["turn_ids"] = turn_ids_from_mask(mask)
+            batch["turn_ids"] = turn_ids_from_mask(action_mask(batch))
         else:
-            turn_ids = [torch.tensor(ids, device=mask.device) for ids in self._turn_ids]
-            batch["turn_ids"] = pad(turn_ids, padding_value=-1, pad_to_multiple_of=self.pad_to_multiple_of)
-        num_episodes = mask.bool().any(dim=1).sum()
+            batch["turn_ids"] = self.padded(self._turn_ids, -1)
+            if self.loss_context_ids is not None:
+                batch["context_ids"] = self.loss_context_ids
+            if self.mode == "train":
+                self._mask_flat_groups(batch)
+                self._assign_credit(batch)
+        num_episodes = action_mask(batch).bool().any(dim=1).sum()
         batch["num_episodes_in_batch"] = self.accelerator.gather(num_episodes).sum()
         return batch
+
+    def _mask_flat_groups(self, batch: dict[str, Any]) -> None:
+        if not self.args.filter_zero_variance_groups:
+            return
+        flat = flat_groups(self.episode_rewards.tolist(), self.num_generations)
+        self.add_metric("groups/masked", sum(flat))
+        self.add_metric("groups/resampled", self._num_resampled)
+        self._num_resampled = 0
+        first = self.accelerator.process_index * len(self._episodes)
+        rows = [i for i in range(len(self._episodes)) if flat[(first + i) // self.num_generations]]
+        batch["tool_mask"][rows] = 0
+        batch["turn_ids"][rows] = -1
+        batch["num_items_in_batch"] = self.accelerator.gather(action_mask(batch).sum()).sum()
+
+    def _assign_credit(self, batch: dict[str, Any]) -> None:
+        """Replace the episodes' advantages, (B,), by those of their tokens, (B, T), as the estimator has it."""
+        args = self.args
+        if args.advantage_estimator == "grpo":
+            return
+        first = self.accelerator.process_index * len(self._episodes)
+        totals = self.episode_rewards[first : first + len(self._episodes)].tolist()
+        rewards = [
+            turn_rewards(self._own_turn_rewards(episode), 0.0 if episode.failed else total)
+            for episode, total in zip(self._episodes, totals, strict=True)
+        ]
+        if args.advantage_estimator == "gae":
+            self._estimate_with_critic(batch, rewards)
+            return
+        returns = gather_object([discounted_returns(episode, args.gamma) for episode in rewards])
+        scale = {"group": None, "none": 1.0, "batch": None}[args.scale_rewards]
+        if args.advantage_estimator == "turn":
+            advantages = turn_advantages(returns, self.num_generations, scale)
+        else:
+            anchors = gather_object([episode.observations for episode in self._episodes])
+            advantages = anchored_advantages(returns, anchors, self.num_generations, scale)
+        own = advantages[first : first + len(self._episodes)]
+        spread = spread_over_tokens(own, batch["turn_ids"]).to(self.accelerator.device)
+        if args.advantage_estimator == "gigpo":
+            spread = batch["advantages"][:, None] + args.gigpo_step_coef * spread
+        batch["advantages"] = spread
+
+    def _estimate_with_critic(self, batch: dict[str, Any], rewards: list[list[float]]) -> None:
+        mask = action_mask(batch)
+        with torch.no_grad():
+            values = self._values(batch)
+        advantages, returns = gae(
+            rewards_at_turn_ends(rewards, batch["turn_ids"]), values, mask, self.args.gamma, self.args.gae_lambda
+        )
+        action = mask.bool()
+        moments = [advantages, advantages**2, values, returns, returns**2, returns - values, (returns - values) ** 2]
+        sums = torch.stack([torch.where(action, value, 0.0).double().sum() for value in [*moments, mask.double()]])
+        *sums, count = self.accelerator.reduce(sums, reduction="sum").tolist()
+        mean, square, value, mean_return, return_square, error, error_square = (
+            total / max(count, 1) for total in sums
+        )
+        batch["advantages"] = torch.where(
+            action, (advantages - mean) / (math.sqrt(max(square - mean**2, 0.0)) + 1e-8), 0.0
+        )
+        batch["values"], batch["returns"] = values, returns
+        self.add_metric("critic/value", value)
+        self.add_metric("critic/return", mean_return)
+        if (variance := return_square - mean_return**2) > 1e-12:
+            self.add_metric("critic/explained_variance", 1 - (error_square - error**2) / variance)
+
+    def _values(self, batch: dict[str, Any]) -> Tensor:
+        """The critic's value before each action token, (B, T)."""
+        input_ids = torch.cat([batch["prompt_ids"], batch["completion_ids"]], dim=1)
+        attention_mask = torch.cat([batch["prompt_mask"], batch["completion_mask"]], dim=1)
+        contexts = lay_out_contexts(input_ids, attention_mask, action_mask(batch), batch.get("context_ids"))
+        return self._critic.values(
+            contexts, self.args.per_device_train_batch_size, self.equal_number_of_forwards(self._critic.model)
+        )
+
+    def _value_loss(self, inputs: dict[str, Any]) -> Tensor:
+        """The critic's loss, a mean over the action tokens of the optimizer step's batch."""
+        mask, values = action_mask(inputs), self._values(inputs)
+        losses = value_loss(values, inputs["values"], inputs["returns"], self.args.critic_clip_range)
+        share = (
+            self.current_gradient_accumulation_steps / self.args.steps_per_generation / self.accelerator.num_processes
+        )
+        loss = token_mean(losses, mask, inputs["num_items_in_batch"].clamp(min=1) * share)
+        total = self.accelerator.reduce(loss.detach(), reduction="mean") * self.current_gradient_accumulation_steps
+        self.add_metric("critic/value_loss", total.item())
+        return loss
+
+    def create_optimizer(self, model=None):
+        optimizer = super().create_optimizer(model)
+        if self._critic is not None:
+            self._critic.join(optimizer, self.args.critic_learning_rate, self.args.max_grad_norm)
+        return optimizer
 
     # Objective: Algorithm 1, "L_MT, L_H, H̄_W, L_smooth, β_k"
 
@@ -319,6 +486,10 @@ class EPOTrainer(SeamedGRPOTrainer):
         metrics |= self.entropy_term.observe(captured[0].detach(), inputs, moment)
         for name, value in metrics.items():
             self.add_metric(f"epo/{name}", value)
+        if self._critic is not None and self.mode == "train":
+            if self.entropy_history.step < self.args.critic_warmup_steps:
+                loss = 0.0 * loss
+            loss = loss + self._value_loss(inputs)
         return loss
 
     def shape_advantages(self, advantages: Tensor, entropies: Tensor) -> Tensor:
@@ -342,8 +513,12 @@ class EPOTrainer(SeamedGRPOTrainer):
     def save_extras(self, checkpoint: str) -> None:
         with open(os.path.join(checkpoint, HISTORY_FILE), "w") as file:
             json.dump(self.entropy_history.state_dict(), file)
+        if self._critic is not None:
+            self._critic.save(os.path.join(checkpoint, CRITIC_FOLDER))
 
     def load_extras(self, checkpoint: str) -> None:
+        if self._critic is not None:
+            self._critic.load(os.path.join(checkpoint, CRITIC_FOLDER))
         path = os.path.join(checkpoint, HISTORY_FILE)
         if not os.path.exists(path):
             logger.warning(
@@ -364,9 +539,10 @@ def episode_return(episodes: list[Episode], invalid_action_penalty: list[float],
     ]
 
 
-def derived_seed(seed: int, train: bool, step: int, group: int) -> int:
+def derived_seed(seed: int, train: bool, step: int, group: int, attempt: int = 0) -> int:
     """A seed of 32 bits for a group's episodes, well mixed and the same on every machine."""
-    return int(np.random.SeedSequence([seed, train, step, group]).generate_state(1)[0])
+    parts = [seed, train, step, group, attempt] if attempt else [seed, train, step, group]
+    return int(np.random.SeedSequence(parts).generate_state(1)[0])
 
 
 def _copied(reward_funcs):

@@ -1,0 +1,334 @@
+"""Contexts and credit assignment in training: a real model, the real trainer, real environments."""
+
+import json
+import math
+
+import pytest
+import torch
+from conftest import Corridor
+from peft import LoraConfig
+from test_text_episodes import make_trainer, weights
+from transformers import AutoModelForTokenClassification, BloomConfig, BloomForCausalLM
+
+from trl_epo import EPOConfig
+from trl_epo.advantages import gae
+from trl_epo.critic import make_critic, value_head
+
+
+ARMS = [(context, estimator) for context in ("transcript", "window") for estimator in ("grpo", "gae", "gigpo", "turn")]
+SGD = {"optim": "sgd", "learning_rate": 1.0, "critic_learning_rate": 0.1}
+
+
+class Steps(Corridor):
+    """Rewards each step towards the door."""
+
+    def step(self, action):
+        observation, reward, *rest = super().step(action)
+        return observation, reward + 0.1 * ("r" in action), *rest
+
+
+class Foretold(Corridor):
+    """The first observation says what the episode will earn, whatever is done."""
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        self.good = bool(self.np_random.integers(2))
+        return "open look" if self.good else "left right", {}
+
+    def step(self, action):
+        return "Nothing happens.", float(self.good), False, False, {}
+
+
+def recorded(trainer):
+    """The generation batches that the trainer makes."""
+    batches, extend = [], trainer.extend_batch
+    trainer.extend_batch = lambda batch: batches.append(extend(batch)) or batches[-1]
+    return batches
+
+
+def critic_weights(trainer):
+    return torch.cat([weight.detach().flatten() for weight in trainer._critic.model.parameters()])
+
+
+@pytest.mark.parametrize(("context", "estimator"), ARMS)
+def test_micro_batches_do_not_matter(tmp_path, tokenizer, context, estimator):
+    kwargs = {"context": context, "advantage_estimator": estimator, "entropy_coef": 0.1, "gamma": 0.9, **SGD}
+    whole = make_trainer(tmp_path, tokenizer, factory=Steps, **kwargs)
+    before = weights(whole)
+    whole.train()
+    split = make_trainer(
+        tmp_path, tokenizer, factory=Steps, per_device_train_batch_size=2, gradient_accumulation_steps=4, **kwargs
+    )
+    split.train()
+    assert not torch.allclose(weights(whole), before, atol=1e-4)
+    torch.testing.assert_close(weights(split), weights(whole), atol=2e-7, rtol=1e-5)
+    if estimator == "gae":
+        torch.testing.assert_close(critic_weights(split), critic_weights(whole), atol=2e-7, rtol=1e-5)
+
+
+@pytest.mark.parametrize("loss_type", ["grpo", "bnpo", "dr_grpo", "dapo", "cispo", "sapo", "luspo", "vespo"])
+@pytest.mark.parametrize("estimator", ["grpo", "turn"])
+def test_losses_are_those_of_contexts_scored_one_by_one(tmp_path, tokenizer, loss_type, estimator):
+    """One forward over whole contexts for each micro-batch, or one for each context: the same weights."""
+    kwargs = {"context": "window", "advantage_estimator": estimator, "loss_type": loss_type, "gamma": 0.9, **SGD}
+    kwargs |= {"max_completion_length": 300, "num_iterations": 2}
+    found = []
+    for rows in (64, 1):
+        trainer = make_trainer(tmp_path, tokenizer, factory=Steps, **kwargs)
+        type(trainer)._rows_per_forward, original = (
+            property(lambda self, rows=rows: rows),
+            type(trainer)._rows_per_forward,
+        )
+        try:
+            trainer.train()
+        finally:
+            type(trainer)._rows_per_forward = original
+        assert all(math.isfinite(e["loss"]) for e in trainer.state.log_history if "loss" in e)
+        found.append(weights(trainer))
+    torch.testing.assert_close(found[0], found[1], atol=2e-6, rtol=1e-4)
+
+
+def test_a_window_trains_on_what_the_policy_saw(tmp_path, tokenizer):
+    """At the first step, before any update, the log-probabilities of the loss are those of the rollout."""
+    trainer = make_trainer(tmp_path, tokenizer, context="window", max_steps=1, num_iterations=2)
+    batches = recorded(trainer)
+    trainer.train()
+    batch = batches[0]
+    mask = (batch["completion_mask"] * batch["tool_mask"]).bool()
+    assert batch["context_ids"].max() == 3
+    torch.testing.assert_close(
+        batch["old_per_token_logps"][mask], batch["sampling_per_token_logps"][mask], atol=1e-4, rtol=1e-4
+    )
+
+
+@pytest.mark.parametrize("estimator", ["gigpo", "turn"])
+def test_advantages_are_those_of_the_turns(tmp_path, tokenizer, estimator):
+    trainer = make_trainer(
+        tmp_path, tokenizer, factory=Steps, advantage_estimator=estimator, gamma=0.5, max_steps=1, scale_rewards="none",
+        gigpo_step_coef=2.0, invalid_action_penalty=0.3,
+    )  # fmt: skip
+    batches = recorded(trainer)
+    trainer.train()
+    [batch], episodes = batches, trainer._episodes
+    returns, groups = [], [range(4), range(4, 8)]
+    for episode in episodes:
+        following, own = 0.0, []
+        for turn in reversed(episode.turns):
+            following = turn.reward - 0.3 * turn.invalid + 0.5 * following
+            own.insert(0, following)
+        returns.append(own)
+    for group in groups:
+        totals = [sum(t.reward - 0.3 * t.invalid for t in episodes[i].turns) for i in group]
+        for i in group:
+            for number, turn in enumerate(episodes[i].turns):
+                if estimator == "turn":
+                    others = [value for j in group for value in returns[j]]
+                    expected = returns[i][number] - sum(others) / len(others)
+                else:
+                    here = episodes[i].observations[number]
+                    others = [
+                        v
+                        for j in group
+                        for v, o in zip(returns[j], episodes[j].observations, strict=True)
+                        if o == here
+                    ]
+                    expected = (
+                        totals[i - group[0]] - sum(totals) / 4 + 2.0 * (returns[i][number] - sum(others) / len(others))
+                    )
+                tokens = batch["advantages"][i][batch["turn_ids"][i] == number]
+                assert len(tokens) == len(turn.action_ids)
+                assert tokens.tolist() == pytest.approx([expected] * len(tokens), abs=1e-5)
+    assert not batch["advantages"][batch["turn_ids"] < 0].any() or estimator == "gigpo"
+
+
+class TestFilter:
+    def test_masked_groups_do_not_train(self, tmp_path, tokenizer):
+        trainer = make_trainer(
+            tmp_path, tokenizer, filter_zero_variance_groups="mask", max_steps=4, learning_rate=1e-4
+        )
+        batches = recorded(trainer)
+        trainer.train()
+        logged = [entry["groups/masked"] for entry in trainer.state.log_history if "groups/masked" in entry]
+        flat = [entry["frac_reward_zero_std"] for entry in trainer.state.log_history if "groups/masked" in entry]
+        assert logged == [2 * fraction for fraction in flat] and any(logged)
+        for batch, number in zip(batches, logged, strict=True):
+            assert (batch["tool_mask"] * batch["completion_mask"]).any(dim=1).sum() == 8 - 4 * number
+            assert batch["num_items_in_batch"] == (batch["tool_mask"] * batch["completion_mask"]).sum()
+
+    def test_a_batch_of_nothing_else_changes_nothing(self, tmp_path, tokenizer):
+        class Never(Corridor):
+            def step(self, action):
+                return "no", 0.0, False, False, {}
+
+        trainer = make_trainer(tmp_path, tokenizer, factory=Never, filter_zero_variance_groups="resample", max_steps=1)
+        before = weights(trainer)
+        trainer.train()
+        assert torch.equal(weights(trainer), before)
+        [entry] = [entry for entry in trainer.state.log_history if "groups/masked" in entry]
+        assert (entry["groups/masked"], entry["groups/resampled"]) == (2, 6)  # two groups, three times
+
+    def test_resampled_groups_replace_flat_ones(self, tmp_path, tokenizer):
+        flat = {}
+        for choice in ("mask", "resample"):
+            trainer = make_trainer(
+                tmp_path, tokenizer, filter_zero_variance_groups=choice, max_steps=6, learning_rate=1e-9
+            )
+            trainer.train()
+            flat[choice] = sum(e.get("groups/masked", 0) for e in trainer.state.log_history)
+        assert flat["resample"] < flat["mask"]
+
+
+class TestCritic:
+    def test_it_begins_at_zero_with_the_policys_weights(self, model):
+        critic = make_critic(model, None)
+        ids = torch.randint(3, 300, (2, 9))
+        assert not critic(ids).logits.any()
+        torch.testing.assert_close(critic.model(ids).last_hidden_state, model.model(ids).last_hidden_state)
+        with torch.no_grad():
+            critic.model.norm.weight.add_(1.0)
+        assert not torch.equal(critic.model.norm.weight, model.model.norm.weight)  # a copy
+
+    def test_values_and_advantages(self, tmp_path, tokenizer):
+        """Against values read from the plain critic, one episode at a time."""
+        trainer = make_trainer(
+            tmp_path, tokenizer, factory=Steps, advantage_estimator="gae", max_steps=1, gamma=0.9, gae_lambda=0.8
+        )
+        with torch.no_grad():
+            value_head(trainer._critic.model).weight.normal_()
+        plain = make_critic(trainer.model, None)
+        plain.load_state_dict(trainer._critic.model.state_dict())
+        batches = recorded(trainer)
+        trainer.train()
+        [batch] = batches
+        mask = (batch["completion_mask"] * batch["tool_mask"]).bool()
+        rewards = torch.zeros_like(batch["values"])
+        for i, episode in enumerate(trainer._episodes):
+            tokens = [*episode.prompt_ids, *batch["completion_ids"][i][batch["completion_mask"][i].bool()].tolist()]
+            values = plain(torch.tensor([tokens])).logits[0, :-1, 0]
+            first = len(episode.prompt_ids)
+            for place in mask[i].nonzero().flatten().tolist():
+                assert batch["values"][i, place].item() == pytest.approx(values[first + place - 1].item(), abs=1e-5)
+            for number, turn in enumerate(episode.turns):
+                rewards[i, (batch["turn_ids"][i] == number).nonzero().max()] = turn.reward
+        advantages, returns = gae(rewards, batch["values"], mask, 0.9, 0.8)
+        torch.testing.assert_close(batch["returns"], returns)
+        standard = (advantages - advantages[mask].mean()) / advantages[mask].std(correction=0)
+        torch.testing.assert_close(batch["advantages"][mask], standard[mask], atol=1e-4, rtol=1e-4)
+        assert not batch["advantages"][~mask].any()
+
+    def test_it_learns_with_its_own_rate(self, tmp_path, tokenizer):
+        trainer = make_trainer(
+            tmp_path, tokenizer, factory=Foretold, advantage_estimator="gae", max_steps=30, critic_learning_rate=3e-3,
+            learning_rate=0.0, lr_scheduler_type="constant", per_device_train_batch_size=16,
+        )  # fmt: skip
+        before = weights(trainer)
+        trainer.train()
+        assert torch.equal(weights(trainer), before)  # the policy's rate is 0
+        explained = [e.get("critic/explained_variance", 0.0) for e in trainer.state.log_history if "critic/value" in e]
+        losses = [e["critic/value_loss"] for e in trainer.state.log_history if "critic/value" in e]
+        assert min(explained[-3:]) > 0.5 > explained[0]
+        assert max(losses[-3:]) < min(losses[:3])
+
+    def test_warm_up_leaves_the_policy_alone(self, tmp_path, tokenizer):
+        trainer = make_trainer(
+            tmp_path, tokenizer, factory=Steps, advantage_estimator="gae", critic_warmup_steps=2, max_steps=2
+        )
+        before, critic = weights(trainer), critic_weights(trainer)
+        trainer.train()
+        assert torch.equal(weights(trainer), before)
+        assert not torch.equal(critic_weights(trainer), critic)
+
+    @pytest.mark.parametrize("lora", [False, True])
+    @pytest.mark.parametrize("context", ["transcript", "window"])
+    def test_resume_equals_no_interruption(self, tmp_path, tokenizer, lora, context):
+        kwargs = {"save_strategy": "steps", "save_steps": 2, "max_steps": 4, "advantage_estimator": "gae"}
+        kwargs |= {"context": context, "critic_learning_rate": 1e-2, "factory": Steps}
+        peft = {"peft_config": LoraConfig(r=2, target_modules=["q_proj", "v_proj"])} if lora else {}
+        whole = make_trainer(tmp_path / "whole", tokenizer, trainer_kwargs=peft, **kwargs)
+        before = critic_weights(whole)
+        whole.train()
+        assert not torch.equal(critic_weights(whole), before)
+        resumed = make_trainer(tmp_path / "resumed", tokenizer, trainer_kwargs=peft, **kwargs)
+        resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-2"))
+        assert torch.equal(critic_weights(resumed), critic_weights(whole))
+        assert torch.equal(weights(resumed), weights(whole))
+
+    def test_a_lora_policy_has_a_lora_critic(self, tmp_path, tokenizer):
+        trainer = make_trainer(
+            tmp_path, tokenizer, factory=Steps, advantage_estimator="gae", save_strategy="steps", save_steps=2,
+            trainer_kwargs={"peft_config": LoraConfig(r=2, target_modules=["q_proj"])},
+        )  # fmt: skip
+        frozen = {n: w.clone() for n, w in trainer._critic.model.named_parameters() if not w.requires_grad}
+        trainer.train()
+        learning = {n for n, w in trainer._critic.model.named_parameters() if w.requires_grad}
+        assert all("lora" in name or "score" in name for name in learning)
+        assert any("lora" in name for name in learning) and any("score" in name for name in learning)
+        after = dict(trainer._critic.model.named_parameters())
+        assert all(torch.equal(weight, after[name]) for name, weight in frozen.items())
+        assert (tmp_path / "checkpoint-2" / "critic" / "model" / "adapter_model.safetensors").exists()
+
+    def test_a_saved_critic_can_be_given(self, tmp_path, tokenizer):
+        kwargs = {"advantage_estimator": "gae", "critic_learning_rate": 1e-2, "factory": Steps}
+        trainer = make_trainer(tmp_path, tokenizer, save_strategy="steps", save_steps=2, **kwargs)
+        trainer.train()
+        folder = tmp_path / "checkpoint-2" / "critic" / "model"
+        assert json.loads((folder / "config.json").read_text())["architectures"] == ["LlamaForTokenClassification"]
+        assert AutoModelForTokenClassification.from_pretrained(folder).num_labels == 1
+        other = make_trainer(tmp_path, tokenizer, critic_model=str(folder), **kwargs)
+        assert torch.equal(critic_weights(other), critic_weights(trainer))
+
+    def test_gradient_checkpointing_in_bf16(self, tmp_path, tokenizer):
+        trainer = make_trainer(
+            tmp_path, tokenizer, factory=Steps, advantage_estimator="gae", context="window", gradient_checkpointing=True,
+            bf16=True, per_device_train_batch_size=2, gradient_accumulation_steps=4, num_iterations=2,
+        )  # fmt: skip
+        before, critic = weights(trainer), critic_weights(trainer)
+        trainer.train()
+        assert not torch.equal(weights(trainer), before)
+        assert not torch.equal(critic_weights(trainer), critic)
+
+    def test_an_architecture_without_one(self):
+        class Unknown(BloomConfig):
+            model_type = "unknown-kind"
+
+        policy = BloomForCausalLM(BloomConfig(vocab_size=50, hidden_size=8, n_layer=1, n_head=2))
+        policy.config = Unknown(vocab_size=50, hidden_size=8, n_layer=1, n_head=2)
+        with pytest.raises(ValueError, match="(?s)unknown-kind.*critic_model"):
+            make_critic(policy, None)
+
+
+class TestBadInput:
+    @pytest.mark.parametrize(
+        ("kwargs", "message"),
+        [
+            ({"context": "windows"}, "`context` is 'windows'.*'transcript', 'window'"),
+            ({"context_overflow": "crash"}, "`context_overflow`"),
+            ({"context_turns": -1}, "`context_turns` is -1"),
+            ({"advantage_estimator": "ppo"}, "'grpo', 'gae', 'gigpo', 'turn'"),
+            ({"gamma": 1.5}, "`gamma` is 1.5"),
+            ({"gae_lambda": -0.1}, "`gae_lambda` is -0.1"),
+            ({"critic_clip_range": 0.0}, "`critic_clip_range` is 0.0"),
+            ({"critic_warmup_steps": -1}, "`critic_warmup_steps` is -1"),
+            ({"filter_zero_variance_groups": "drop"}, "'mask', 'resample'"),
+            ({"filter_zero_variance_groups": "mask", "advantage_estimator": "gae"}, "group-relative"),
+            (
+                {"advantage_estimator": "turn", "multi_objective_aggregation": "normalize_then_sum"},
+                "sum_then_normalize",
+            ),
+        ],
+    )
+    def test_config(self, tmp_path, kwargs, message):
+        with pytest.raises(ValueError, match=message):
+            EPOConfig(str(tmp_path), **kwargs)
+
+    def test_prompt_builder_is_tried_before_training(self, tmp_path, tokenizer):
+        def wrong(turn):
+            return turn.info["valid"]
+
+        with pytest.raises(ValueError, match="prompt_builder.*KeyError"):
+            make_trainer(tmp_path, tokenizer, context="window", trainer_kwargs={"prompt_builder": wrong})
+
+    def test_only_for_text_episodes(self, tmp_path, tokenizer):
+        with pytest.raises(ValueError, match="for text episodes"):
+            make_trainer(tmp_path, tokenizer, factory=None, advantage_estimator="gae",
+                         trainer_kwargs={"reward_funcs": [len]})  # fmt: skip

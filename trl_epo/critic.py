@@ -1,0 +1,151 @@
+"""The critic of PPO (`advantage_estimator="gae"`): a model with a scalar head that values the state before each token."""
+
+import copy
+import os
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import DistributedType, is_peft_model
+from peft import PeftModel, TaskType, get_peft_model, load_peft_weights, set_peft_model_state_dict
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from transformers import AutoModelForTokenClassification, PreTrainedModel
+from trl.trainer.utils import disable_dropout_in_model
+
+from .scoring import Contexts, in_forwards, keep_only
+
+
+def make_critic(policy: PreTrainedModel | PeftModel, critic_model: str | None) -> PreTrainedModel | PeftModel:
+    """
+    A model with a value head.
+
+    Args:
+        policy ([`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]): Whose architecture it has and, unless
+            `critic_model` is given, whose weights; whose kind of adapters, if it has any.
+        critic_model (`str`, *optional*): A model on disk or the Hub.
+
+    Raises:
+        ValueError: If there is no such head for the architecture, or the policy's weights cannot be copied.
+    """
+    language_model = policy.get_base_model() if is_peft_model(policy) else policy
+    kind = language_model.config.model_type
+    try:
+        if critic_model is not None:
+            critic = AutoModelForTokenClassification.from_pretrained(
+                critic_model, num_labels=1, dtype=language_model.dtype
+            )
+        else:
+            config = copy.deepcopy(language_model.config)
+            config.num_labels = 1
+            critic = AutoModelForTokenClassification.from_config(config, dtype=language_model.dtype)
+            with torch.no_grad():
+                for weight in value_head(critic).parameters():
+                    weight.zero_()
+    except ValueError as error:
+        raise ValueError(
+            f"There is no critic for a policy of the type {kind!r}: {error} Set `critic_model` to a model of a type "
+            "that transformers has a token classifier for."
+        ) from error
+    disable_dropout_in_model(critic)
+    if is_peft_model(policy):
+        peft_config = copy.deepcopy(policy.peft_config[policy.active_adapter])
+        peft_config.task_type, peft_config.inference_mode = TaskType.TOKEN_CLS, False
+        critic = get_peft_model(critic, peft_config)
+    if critic_model is None:
+        missing = critic.load_state_dict(policy.state_dict(), strict=False).missing_keys
+        if not_copied := [name for name in missing if not {"score", "classifier"} & set(name.split("."))]:
+            raise ValueError(
+                f"The policy has no weights named {not_copied[:3]} for its critic (is it quantized?). Set "
+                "`critic_model`."
+            )
+    return critic
+
+
+def value_head(critic: nn.Module) -> nn.Linear:
+    """The last linear layer, which makes the one number."""
+    heads = [module for module in critic.modules() if isinstance(module, nn.Linear) and module.out_features == 1]
+    return heads[-1]
+
+
+class Critic:
+    """
+    Values states, and learns to, in the policy's optimizer with a learning rate of its own.
+
+    Args:
+        model ([`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]): Of [`make_critic`].
+        accelerator ([`~accelerate.Accelerator`]): The trainer's.
+        gradient_checkpointing_kwargs (`dict`, *optional*): `None`: all activations are kept.
+
+    Raises:
+        ValueError: With DeepSpeed, whose engine holds one model only.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel | PeftModel,
+        accelerator: Accelerator,
+        gradient_checkpointing_kwargs: dict | None = None,
+    ):
+        if accelerator.distributed_type == DistributedType.DEEPSPEED:
+            raise ValueError(
+                "`advantage_estimator='gae'` cannot be used with DeepSpeed, whose engine holds one model: its critic "
+                "is a second one. Use DDP or FSDP."
+            )
+        if gradient_checkpointing_kwargs is not None:
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs)
+            if is_peft_model(model):
+                model.enable_input_require_grads()
+        self.accelerator = accelerator
+        self.model = accelerator.prepare_model(model.train())
+
+    def values(self, contexts: Contexts, max_rows: int, equal_number=None) -> Tensor:
+        """The value before each chosen token, (B, T), with gradient where it is enabled; see [`in_forwards`]."""
+        plain = self.accelerator.unwrap_model(self.model)
+        backbone = (plain.get_base_model() if is_peft_model(plain) else plain).base_model
+        if isinstance(self.model, DistributedDataParallel):
+            self.model.require_backward_grad_sync = self.accelerator.sync_gradients
+
+        def values_of(model: nn.Module):
+            def run(ids: Tensor, positions: Tensor, targets: Tensor) -> tuple[Tensor, ...]:
+                with keep_only(backbone, positions):
+                    return (model(input_ids=ids).logits[0, :, 0].float(),)
+
+            return run
+
+        with self.accelerator.autocast():
+            return in_forwards(
+                values_of(self.model),
+                contexts,
+                max_rows=max_rows,
+                recompute=values_of(plain),
+                equal_number=equal_number,
+            )[0]
+
+    def join(self, optimizer: torch.optim.Optimizer, learning_rate: float, max_grad_norm: float) -> None:
+        """Have the critic's weights trained by the policy's optimizer, their gradients clipped on their own."""
+        weights = [weight for weight in self.model.parameters() if weight.requires_grad]
+        optimizer.add_param_group({"params": weights, "lr": learning_rate, "weight_decay": 0.0})
+
+        def clip(*args):
+            if max_grad_norm:
+                nn.utils.clip_grad_norm_(weights, max_grad_norm)
+
+        def forget(*args):  # the trainer forgets the policy's only
+            for weight in weights:
+                weight.grad = None
+
+        optimizer.register_step_pre_hook(clip)
+        optimizer.register_step_post_hook(forget)
+
+    def save(self, folder: str) -> None:
+        """Write it as a model that `critic_model` can name, or as an adapter of one."""
+        self.accelerator.unwrap_model(self.model).save_pretrained(folder)
+
+    def load(self, folder: str) -> None:
+        """Take the weights that [`save`] wrote."""
+        model = self.accelerator.unwrap_model(self.model)
+        if is_peft_model(model):
+            set_peft_model_state_dict(model, load_peft_weights(folder, device=str(self.accelerator.device)))
+        elif os.path.isdir(folder):
+            saved = AutoModelForTokenClassification.from_pretrained(folder, dtype=model.dtype)
+            model.load_state_dict(saved.state_dict())
