@@ -8,12 +8,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from trl_epo.objective import (
+    corridor_side,
     episode_turn_means,
+    linear_reference,
     phase_weight,
+    reference_by_turn,
+    shaped_advantages,
     smoothing_penalty,
     token_mean,
     turn_ids_from_mask,
     turn_mean,
+    turn_weights,
 )
 
 
@@ -90,6 +95,38 @@ class TestInvariance:
         by_token = sum(token_mean(values[p], mask[p], num_tokens) for p in parts)
         torch.testing.assert_close(by_turn, turn_mean(values, mask, turn_ids))
         torch.testing.assert_close(by_token, token_mean(values, mask))
+
+
+class TestTurnWeights:
+    def test_hand_worked_values(self):
+        # Five turns, three turns (one of the batch's turns has no tokens), one turn.
+        taken = torch.tensor([[1, 1, 1, 1, 1], [1, 0, 1, 1, 0], [1, 0, 0, 0, 0]]).bool()
+        weights = turn_weights(taken, 0.8)
+        assert weights[0].tolist() == pytest.approx([1.8, 1.4, 1.0, 0.6, 0.2])
+        assert weights[1][taken[1]].tolist() == pytest.approx([1.8, 1.0, 0.2])
+        assert weights[2, 0].item() == 1.0
+
+    def test_hand_worked_mean_and_gradient(self):
+        entropies = ENTROPIES.clone().requires_grad_()
+        # Weights (1.5, 0.5): (1.5·2 + 0.5·5)/2 = 2.75; the one turn of the second episode keeps its 5
+        mean = turn_mean(entropies, MASK, TURN_IDS, decay=0.5)
+        mean.backward()
+        assert mean.item() == pytest.approx((2.75 + 5) / 2)
+        expected = [[1.5 / 8, 1.5 / 8, 0, 0.5 / 4, 0], [1 / 6, 1 / 6, 1 / 6, 0, 0]]
+        torch.testing.assert_close(entropies.grad, torch.tensor(expected))
+
+    @given(st.lists(st.booleans(), min_size=1, max_size=12).filter(any), st.floats(0.0, 1.0))
+    def test_mean_is_one_and_weights_never_rise_nor_turn_negative(self, taken, decay):
+        taken = torch.tensor([taken])
+        weights = turn_weights(taken, decay)[taken]
+        assert weights.mean().item() == pytest.approx(1.0, abs=1e-6)
+        assert (weights >= -1e-6).all()
+        assert (weights.diff() <= 1e-6).all()
+
+    @given(st.floats(0.0, 1.0))
+    def test_equal_turns_are_not_changed(self, decay):
+        values = torch.full((1, 4), 0.7)
+        assert turn_mean(values, torch.ones(1, 4), torch.arange(4)[None], decay=decay).item() == pytest.approx(0.7)
 
 
 class TestTurnIds:
@@ -189,3 +226,76 @@ class TestPhaseWeight:
     def test_bad_values(self, step, total):
         with pytest.raises(ValueError, match="at least"):
             phase_weight(step, total, 3.0)
+
+
+class TestShapedAdvantages:
+    def test_hand_worked_values(self):
+        # α = 0.4, κ = 2: 0.4·1 = 0.4 is below |±1|/2, 0.4·3 = 1.2 is not; nothing is added to 0
+        entropies = torch.tensor([[0.0, 1.0, 3.0]]).expand(3, 3)
+        shaped = shaped_advantages(torch.tensor([1.0, -1.0, 0.0]), entropies, 0.4, 2.0)
+        expected = [[1.0, 1.4, 1.5], [-1.0, -0.6, -0.5], [0.0, 0.0, 0.0]]
+        torch.testing.assert_close(shaped, torch.tensor(expected))
+
+    def test_advantages_of_tokens(self):
+        shaped = shaped_advantages(torch.tensor([[2.0, -4.0]]), torch.tensor([[10.0, 1.0]]), 0.4, 2.0)
+        torch.testing.assert_close(shaped, torch.tensor([[3.0, -3.6]]))
+
+    def test_no_gradient_flows_into_the_entropy(self):
+        entropies = torch.ones(1, 2, requires_grad=True)
+        assert not shaped_advantages(torch.ones(1), entropies, 0.4, 2.0).requires_grad
+
+    @given(st.floats(-10, 10), entropy, st.floats(0.0, 5.0), st.floats(1.001, 10.0))
+    def test_never_lowers_an_advantage_nor_turns_its_sign(self, advantage, entropies, coef, limit):
+        before = torch.tensor([advantage], dtype=torch.float64)
+        after = shaped_advantages(before, torch.tensor([[entropies]], dtype=torch.float64), coef, limit)[0]
+        assert after >= before
+        assert after.sign() == before.sign()
+        assert after - before <= before.abs() / limit + 1e-12
+
+
+class TestReferenceByTurn:
+    def test_hand_worked_values_and_gradient(self):
+        # Turn 0 has the reference 1 and turn 1 the reference 4; nothing is known of turns 2 and 3.
+        turn_ids = torch.tensor([[0, -1, 1, 2], [0, 1, 1, 3]])
+        reference = reference_by_turn([1.0, 4.0, None], turn_ids)
+        nan = math.nan
+        expected = torch.tensor([[1.0, nan, 4.0, nan], [1.0, 4.0, 4.0, nan]])
+        torch.testing.assert_close(reference, expected, equal_nan=True)
+        entropies = torch.tensor([[3.0, 9.0, 3.0, 9.0], [0.1, 1.0, 9.0, 0.0]], requires_grad=True)
+        penalty = smoothing_penalty(entropies, reference, low=0.5, high=2.0)
+        penalty.sum().backward()
+        torch.testing.assert_close(penalty.detach(), torch.tensor([[1.0, 0, 0, 0], [0.4, 1.0, 1.0, 0]]))
+        assert entropies.grad.tolist() == [[1.0, 0.0, 0.0, 0.0], [-1.0, -1.0, 1.0, 0.0]]
+
+    def test_indicator(self):
+        reference = torch.tensor([1.0, math.nan, 1.0])
+        penalty = smoothing_penalty(torch.tensor([5.0, 5.0, 1.0]), reference, 0.5, 2.0, kind="indicator")
+        assert penalty.tolist() == [1.0, 0.0, 0.0]
+
+    @given(st.lists(entropy, min_size=1, max_size=6), st.floats(0.1, 6.0), corridor)
+    def test_equal_references_are_one_reference(self, values, reference, bounds):
+        entropies = torch.tensor([values])
+        by_turn = reference_by_turn([reference] * len(values), torch.arange(len(values))[None])
+        of_turns = smoothing_penalty(entropies, by_turn, *bounds)
+        torch.testing.assert_close(of_turns, smoothing_penalty(entropies, reference, *bounds))
+
+
+class TestLinearReference:
+    def test_hand_worked_values(self):
+        values = [linear_reference(2.0, 0.2, step, 5) for step in range(5)]
+        assert values == pytest.approx([2.0, 1.6, 1.2, 0.8, 0.4])
+
+    def test_beyond_the_run_and_one_step(self):
+        assert linear_reference(2.0, 0.2, 9, 5) == pytest.approx(0.4)
+        assert linear_reference(2.0, 0.2, 0, 1) == 2.0
+
+
+class TestCorridorSide:
+    @given(entropy, st.floats(0.0, 6.0), corridor)
+    def test_it_is_the_slope_of_the_hinge(self, mean, reference, bounds):
+        value = torch.tensor(mean, dtype=torch.float64, requires_grad=True)
+        hinge = smoothing_penalty(value, reference, *bounds)
+        hinge.backward()
+        slope, bound = corridor_side(mean, reference, *bounds)
+        assert slope == value.grad.item()
+        assert slope * (mean - bound) == pytest.approx(hinge.item())

@@ -188,7 +188,7 @@ class TestObjective:
         expected = policy - 0.3 * turn_mean(entropies, mask, turn_ids)
         if means:
             reference = sum(means) / len(means)
-            beta = trainer._phase_weight()
+            beta = trainer.entropy_term.phase_weight(trainer.state.max_steps)
             assert beta == pytest.approx(1 + 2.718281828459045 ** (-3 * len(means) / 5))  # K = 10, k_mid = 5
             penalty = smoothing_penalty(entropies, reference, 0.0, 2.0)
             expected = expected + 0.3 * beta * 0.7 * turn_mean(penalty, mask, turn_ids)

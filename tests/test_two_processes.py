@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 from conftest import Corridor, make_model, make_tokenizer
 
+import trl_epo
 from trl_epo import EPOConfig, EPOTrainer
 
 
@@ -29,9 +30,18 @@ class Recording(Corridor):
         return observation + " Look!" * 150 * self.is_long, info
 
 
-def train(folder: str) -> None:
+class Uneven(Recording):
+    """On the second process every episode ends after one turn."""
+
+    def __init__(self):
+        super().__init__()
+        self.turns = 6 if os.environ["RANK"] == "0" else 1
+
+
+def train(folder: str, settings: dict) -> None:
     args = EPOConfig(
         folder,
+        **settings,
         per_device_train_batch_size=4,
         num_generations=8,  # more than a process holds
         max_turns=3,
@@ -46,7 +56,8 @@ def train(folder: str) -> None:
         gradient_checkpointing=False,
         disable_tqdm=True,
     )
-    trainer = EPOTrainer(make_model(), args=args, processing_class=make_tokenizer(), environment_factory=Recording)
+    factory = Uneven if args.entropy_reference == "turn_history" else Recording
+    trainer = EPOTrainer(make_model(), args=args, processing_class=make_tokenizer(), environment_factory=factory)
     forwards = []
     trainer.model.model.register_forward_pre_hook(
         lambda module, args, kwargs: forwards.append(torch.is_grad_enabled()), with_kwargs=True
@@ -57,18 +68,28 @@ def train(folder: str) -> None:
         "history": trainer.entropy_history.state_dict(),
         "seeds": Recording.seeds[1:],
         "weights": sum(float(parameter.double().abs().sum()) for parameter in trainer.model.parameters()),
+        "slopes": [
+            entry["epo/corridor_slope"] for entry in trainer.state.log_history if "epo/corridor_slope" in entry
+        ],
         "turns": [entry["episode/turns"] for entry in trainer.state.log_history if "episode/turns" in entry],
     }
     Path(folder, f"rank{trainer.accelerator.process_index}.json").write_text(json.dumps(state))
 
 
-def test_history_weights_and_groups_are_shared(tmp_path):
+def run(folder: Path, **settings) -> tuple[dict, dict]:
+    """What each of two processes says of a training."""
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parent)}
-    command = [*launcher, __file__, str(tmp_path)]
+    path = os.pathsep.join([str(Path(__file__).parent), str(Path(trl_epo.__file__).parents[1])])
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path}
+    command = [*launcher, __file__, str(folder), json.dumps(settings)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
-    first, second = (json.loads((tmp_path / f"rank{rank}.json").read_text()) for rank in range(2))
+    first, second = (json.loads((folder / f"rank{rank}.json").read_text()) for rank in range(2))
+    return first, second
+
+
+def test_history_weights_and_groups_are_shared(tmp_path):
+    first, second = run(tmp_path)
     assert first["history"] == second["history"]
     assert len(first["history"]["means"]) == 2
     assert first["weights"] == second["weights"]
@@ -81,5 +102,22 @@ def test_history_weights_and_groups_are_shared(tmp_path):
     assert saved == first["history"]
 
 
+def test_references_by_turn_are_shared(tmp_path):
+    # One process sees turns that the other does not.
+    first, second = run(tmp_path, entropy_reference="turn_history", entropy_coef=0.5, entropy_corridor_high=1.0)
+    assert first["history"] == second["history"]
+    assert first["weights"] == second["weights"]
+    assert [len(means) for means in first["history"]["turn_means"]] == [2, 2, 2]
+
+
+def test_side_of_the_batchs_corridor_is_shared(tmp_path):
+    first, second = run(
+        tmp_path, entropy_coef=0.0, entropy_corridor_coef=0.5, entropy_corridor_high=1.0, entropy_reference="linear"
+    )
+    assert first["history"] == second["history"]
+    assert first["weights"] == second["weights"]
+    assert first["slopes"] == second["slopes"] == [0, 1, 1]
+
+
 if __name__ == "__main__":
-    train(sys.argv[1])
+    train(sys.argv[1], json.loads(sys.argv[2]))

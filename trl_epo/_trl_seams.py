@@ -127,6 +127,7 @@ class SeamedGRPOTrainer(GRPOTrainer):
 
     def __init__(self, *args, **kwargs):
         self._captured_entropies: list[Tensor] | None = None
+        self._loss_inputs: dict[str, Any] | None = None  # what TRL's loss reads, while it is being computed
         self._played_batch: dict[str, list] | None = None
         # The reward of each episode of the generation batch, over all processes; NaN for those that failed.
         self.episode_rewards: Tensor | None = None
@@ -144,6 +145,13 @@ class SeamedGRPOTrainer(GRPOTrainer):
     def extend_batch(self, batch: dict[str, Any]) -> dict[str, Any]:
         """Called with the scored batch before it is shuffled and split."""
         return batch
+
+    def shape_advantages(self, advantages: Tensor, entropies: Tensor) -> Tensor:
+        """
+        Called in each loss with the micro-batch's advantages, (B,) or (B, T), and token entropies, (B, T), in nats and
+        without gradient; returns the advantages that the policy loss uses, of either shape.
+        """
+        return advantages
 
     def save_extras(self, checkpoint: str) -> None:
         """Called with the folder of a checkpoint that was just written, on the process that writes."""
@@ -367,16 +375,21 @@ class SeamedGRPOTrainer(GRPOTrainer):
             outputs = (scores.logprobs, scores.entropies if compute_entropy else None, scores.aux_loss)
         if self._captured_entropies is not None and outputs[1] is not None:
             self._captured_entropies.append(outputs[1])
+        if self._loss_inputs is not None and outputs[1] is not None:
+            # TRL's loss reads the advantages after this.
+            advantages = self._loss_inputs["advantages"]
+            self._loss_inputs["advantages"] = self.shape_advantages(advantages, outputs[1].detach())
         return outputs
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         if "tool_mask" in inputs:
             self._loss_mask = inputs["completion_mask"] * inputs["tool_mask"]
             self.loss_context_ids = inputs.get("context_ids")
+        self._loss_inputs = dict(inputs)  # a copy: the batch may be used again
         try:
-            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+            return super().compute_loss(model, self._loss_inputs, return_outputs, num_items_in_batch)
         finally:
-            self._loss_mask = self.loss_context_ids = None
+            self._loss_mask = self._loss_inputs = self.loss_context_ids = None
 
     def _generate_and_score_completions(self, inputs):
         try:

@@ -13,6 +13,7 @@ logger = logging.get_logger(__name__)
 SMOOTHING_KINDS = ("hinge", "indicator", "none")
 SCHEDULES = ("exponential", "constant")
 AGGREGATIONS = ("turn", "token")
+REFERENCES = ("history", "turn_history", "linear")
 CONTEXTS = ("transcript", "window")
 OVERFLOWS = ("stop", "window")
 ESTIMATORS = ("grpo", "gae", "gigpo", "turn")
@@ -42,10 +43,22 @@ class EPOConfig(GRPOConfig):
             wants α·β_k < 1, hence α < 0.5; but only α·β_k > 1 lets the penalty outweigh the bonus above the corridor,
             so larger values are allowed (and logged once).
         entropy_corridor_low (`float`, *optional*, defaults to `0.0`):
-            κ_l, the corridor's lower bound as a multiple of the mean entropy of the steps so far, H̄_W. `0.0`: the
-            lower bound never acts.
+            κ_l, the corridor's lower bound as a multiple of the mean entropy of the steps so far, H̄_W, or of another
+            `entropy_reference`. `0.0`: the lower bound never acts.
         entropy_corridor_high (`float`, *optional*, defaults to `2.0`):
-            κ_r, the corridor's upper bound as a multiple of H̄_W.
+            κ_r, the corridor's upper bound as a multiple of the same.
+        entropy_corridor_coef (`float`, *optional*, defaults to `0.0`):
+            Weight of a corridor for the batch instead of for each token, which is not in the paper: the distance of
+            L_H (Eq. 2) itself from the corridor, in nats, is added to the policy loss with this weight and without a
+            bonus. On which side of the corridor the policy is, is read off the optimizer step before. Excludes λ: set
+            `entropy_coef=0.0`. `0.0`: off.
+        entropy_reference (`str`, *optional*, defaults to `"history"`):
+            What the corridor is around. `"history"`: H̄_W, the mean over all RL steps so far. `"turn_history"`: the
+            same for each turn index by itself; tokens of a turn that was never reached before are not penalised.
+            `"linear"`: the first RL step's entropy at first, falling in a straight line to `entropy_reference_end` of
+            it at the last RL step; not in the paper.
+        entropy_reference_end (`float`, *optional*, defaults to `0.2`):
+            What share of the first RL step's entropy a `"linear"` reference has at the last RL step. No unit.
         entropy_smoothing_schedule (`str`, *optional*, defaults to `"exponential"`):
             β_k, the weight of the penalty at RL step k. `"exponential"`: 1 + exp(−γ_β·k/k_mid) of Eq. 5, from 2 at
             the start towards 1. `"constant"`: 1.
@@ -54,6 +67,16 @@ class EPOConfig(GRPOConfig):
         entropy_aggregation (`str`, *optional*, defaults to `"turn"`):
             How entropies and penalties of tokens are averaged. `"turn"` (Eq. 2): over the action tokens of a turn,
             then over the turns of an episode, then over episodes. `"token"`: over all action tokens at once.
+        entropy_turn_decay (`float`, *optional*, defaults to `0.0`):
+            EPO-Decay: turn t of an episode's T turns weighs 1 + δ·(1 − 2t/(T − 1)) in the mean over turns, of entropies
+            and penalties alike; this is δ, from 0 (all alike) to 1 (twice the weight for the first turn, none for the
+            last). The mean weight is 1. Needs `entropy_aggregation="turn"`.
+        entropy_advantage_coef (`float`, *optional*, defaults to `0.0`):
+            α of the entropy-shaped advantage A + min(α·H, |A|/κ) of Cheng et al. (arXiv 2506.14758; they use 0.4), in
+            units of advantage per nat; H is the token's entropy, without gradient. `0.0`: advantages are left alone.
+            It acts besides the entropy term: for the paper's baseline "EA" set `entropy_coef=0.0`.
+        entropy_advantage_limit (`float`, *optional*, defaults to `2.0`):
+            κ of the same: at most |A|/κ is added, so that with κ > 1 no advantage changes its sign.
         max_turns (`int`, *optional*, defaults to `30`):
             Longest text episode, in turns (one action each).
         max_turn_length (`int`, *optional*, defaults to `512`):
@@ -139,6 +162,25 @@ class EPOConfig(GRPOConfig):
         default=2.0,
         metadata={"help": "κ_r, the corridor's upper bound as a multiple of the mean entropy of the steps so far."},
     )
+    entropy_corridor_coef: float = field(
+        default=0.0,
+        metadata={
+            "help": "Weight of a corridor for the batch's mean entropy instead of for each token's; not in the paper. "
+            "Needs entropy_coef 0. 0.0: off."
+        },
+    )
+    entropy_reference: str = field(
+        default="history",
+        metadata={
+            "help": "What the corridor is around: 'history' (the mean of the steps so far), 'turn_history' (the same for "
+            "each turn index) or 'linear' (falling over the run; not in the paper).",
+            "choices": REFERENCES,
+        },
+    )
+    entropy_reference_end: float = field(
+        default=0.2,
+        metadata={"help": "What share of the first RL step's entropy a 'linear' reference has at the last RL step."},
+    )
     entropy_smoothing_schedule: str = field(
         default="exponential",
         metadata={
@@ -158,6 +200,23 @@ class EPOConfig(GRPOConfig):
             "'token' (all action tokens at once).",
             "choices": AGGREGATIONS,
         },
+    )
+    entropy_turn_decay: float = field(
+        default=0.0,
+        metadata={
+            "help": "EPO-Decay: weights of an episode's turns fall from 1 + this to 1 - this, mean 1. From 0 (all alike) "
+            "to 1."
+        },
+    )
+    entropy_advantage_coef: float = field(
+        default=0.0,
+        metadata={
+            "help": "α of the entropy-shaped advantage A + min(α·H, |A|/κ) (Cheng et al. 2025, who use 0.4). 0.0: off."
+        },
+    )
+    entropy_advantage_limit: float = field(
+        default=2.0,
+        metadata={"help": "κ of the entropy-shaped advantage: at most |A|/κ is added. Above 1."},
     )
     max_turns: int = field(default=30, metadata={"help": "Longest text episode, in turns."})
     max_turn_length: int = field(
@@ -252,12 +311,18 @@ class EPOConfig(GRPOConfig):
         _check_choice("entropy_smoothing", self.entropy_smoothing, SMOOTHING_KINDS)
         _check_choice("entropy_smoothing_schedule", self.entropy_smoothing_schedule, SCHEDULES)
         _check_choice("entropy_aggregation", self.entropy_aggregation, AGGREGATIONS)
+        _check_choice("entropy_reference", self.entropy_reference, REFERENCES)
         for name in (
             "entropy_coef",
             "entropy_smoothing_coef",
             "entropy_corridor_low",
             "entropy_corridor_high",
+            "entropy_corridor_coef",
+            "entropy_reference_end",
             "entropy_smoothing_decay",
+            "entropy_turn_decay",
+            "entropy_advantage_coef",
+            "entropy_advantage_limit",
             "invalid_action_penalty",
         ):
             _check_non_negative(name, getattr(self, name))
@@ -267,11 +332,38 @@ class EPOConfig(GRPOConfig):
                 f"({self.entropy_corridor_high}), which leaves no corridor. Both are multiples of the mean entropy so "
                 "far; give low <= high, e.g. 0.0 and 2.0 (the paper's runs) or 0.5 and 1.5."
             )
+        if self.entropy_turn_decay > 1:
+            raise ValueError(
+                f"`entropy_turn_decay` is {self.entropy_turn_decay}, but must be at most 1: beyond it the last turns "
+                "would weigh less than nothing."
+            )
+        if self.entropy_turn_decay and self.entropy_aggregation != "turn":
+            raise ValueError(
+                f"`entropy_turn_decay={self.entropy_turn_decay}` weights turns, of which "
+                f"`entropy_aggregation={self.entropy_aggregation!r}` knows none. Use `entropy_aggregation='turn'`, or "
+                "`entropy_turn_decay=0.0`."
+            )
+        if self.entropy_advantage_limit <= 1:
+            raise ValueError(
+                f"`entropy_advantage_limit` is {self.entropy_advantage_limit}, but must be above 1, so that no advantage "
+                "changes its sign; Cheng et al. use 2.0. `entropy_advantage_coef=0.0` switches the shaping off."
+            )
         if self.use_adaptive_entropy and self.entropy_coef != 0.0:
             raise ValueError(
                 f"`use_adaptive_entropy=True` is TRL's own entropy controller and cannot act together with EPO's terms "
                 f"(`entropy_coef={self.entropy_coef}`). Set `entropy_coef=0.0` to use TRL's controller alone, or "
                 "`use_adaptive_entropy=False` to use EPO."
+            )
+        if self.entropy_corridor_coef and (self.entropy_coef or self.use_adaptive_entropy):
+            raise ValueError(
+                f"`entropy_corridor_coef={self.entropy_corridor_coef}` steers the batch's entropy by itself, but "
+                f"`entropy_coef={self.entropy_coef}` and `use_adaptive_entropy={self.use_adaptive_entropy}` pull at it "
+                "too. Set `entropy_coef=0.0` and `use_adaptive_entropy=False`, or `entropy_corridor_coef=0.0`."
+            )
+        if self.entropy_corridor_coef and self.entropy_reference == "turn_history":
+            raise ValueError(
+                "`entropy_reference='turn_history'` has no value for a whole batch, which `entropy_corridor_coef="
+                f"{self.entropy_corridor_coef}` needs. Use 'history' or 'linear', or `entropy_corridor_coef=0.0`."
             )
         if self.entropy_smoothing != "none" and self.entropy_smoothing_coef >= 0.5:
             logger.warning_once(

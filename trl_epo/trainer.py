@@ -22,19 +22,14 @@ from .config import EPOConfig
 from .contexts import ContextRules, PromptBuilder, build_prompt, describe_turn
 from .credit import CreditAssigner
 from .critic import Critic, make_critic
+from .entropy_term import EntropyTerm, Moment, action_mask
 from .environment_pool import make_environment_pool
 from .episode import Episode, episode_row
 from .generation import TurnSampler, make_logits_processors
 from .history import EntropyHistory
 from .metrics import EpisodeSummary, episode_metrics
 from .model_card import complete_model_card
-from .objective import (
-    phase_weight,
-    smoothing_penalty,
-    token_mean,
-    turn_ids_from_mask,
-    turn_mean,
-)
+from .objective import token_mean, turn_ids_from_mask
 from .rollout import ActionParser, EpisodeStart, Limits, parse_action, play_episodes
 from .rows import FirstRow, check_first_row, environment_options, placeholder_dataset
 
@@ -131,7 +126,6 @@ class EPOTrainer(SeamedGRPOTrainer):
             args = EPOConfig(f"{name.split('/')[-1]}-EPO")
         if not isinstance(args, EPOConfig):
             raise TypeError(f"`args` is a {type(args).__name__}, but must be an `EPOConfig` (from trl_epo).")
-        self.entropy_history = EntropyHistory()
         self._action_parser = action_parser
         self._prompt_builder = prompt_builder or (build_prompt if args.context == "window" else describe_turn)
         self._summaries: dict[str, list[EpisodeSummary]] = {"train": [], "eval": []}
@@ -209,14 +203,20 @@ class EPOTrainer(SeamedGRPOTrainer):
             rollout_func=rollout_func,
             environment_factory=None if self._environments is not None else environment_factory,
         )
+        self.entropy_term = EntropyTerm(args, self.accelerator)
         if not args.use_adaptive_entropy:
             self.disable_own_entropy_bonus()
         if self._environments is not None:
             self._prepare_text_episodes(own_reward, first_row)
 
     def train(self, *args, **kwargs):
-        self.entropy_history = EntropyHistory()  # a resumed run loads its own
+        self.entropy_term.history = EntropyHistory()  # a resumed run loads its own
         return super().train(*args, **kwargs)
+
+    @property
+    def entropy_history(self) -> EntropyHistory:
+        """The entropies of the RL steps so far."""
+        return self.entropy_term.history
 
     # Rollouts: Algorithm 1, "collect trajectories"
 
@@ -375,10 +375,20 @@ class EPOTrainer(SeamedGRPOTrainer):
                 f"TRL computed token entropies {len(captured)} times in one loss instead of once. This version of TRL "
                 "does not fit trl_epo; install the version that setup.py names."
             )
-        self._note_entropies(captured[0].detach(), action_mask(inputs), inputs["turn_ids"])
-        loss = policy_loss
-        if self.args.entropy_coef:
-            loss = policy_loss + self._entropy_loss(captured[0], inputs, policy_loss.detach())
+        moment = Moment(
+            train=self.mode == "train",
+            max_steps=self.state.max_steps,
+            micro_batches=self.current_gradient_accumulation_steps if self.mode == "train" else 1,
+            first_pass=self.optimizer_micro_step < self.args.steps_per_generation,
+            step_ends=self.accelerator.sync_gradients,
+        )
+        metrics, loss = {}, policy_loss
+        if self.entropy_term.acts:
+            added, metrics = self.entropy_term.loss(captured[0], inputs, moment, policy_loss.detach())
+            loss = policy_loss + added
+        metrics |= self.entropy_term.observe(captured[0].detach(), inputs, moment)
+        for name, value in metrics.items():
+            self.add_metric(f"epo/{name}", value)
         if self._critic is not None and self.mode == "train":
             if self.entropy_history.step < self.args.critic_warmup_steps:
                 loss = 0.0 * loss
@@ -388,86 +398,8 @@ class EPOTrainer(SeamedGRPOTrainer):
             loss = loss + value_loss
         return loss
 
-    def _entropy_loss(self, entropies: Tensor, inputs: dict[str, Any], policy_loss: Tensor) -> Tensor:
-        """−λ·(L_H − β_k·L_smooth), scaled like the policy loss for gradient accumulation."""
-        args, history = self.args, self.entropy_history
-        train = self.mode == "train"
-        mask, turn_ids = action_mask(inputs), inputs["turn_ids"]
-        # Sums are divided by the whole batch's counts, so that its split into micro-batches does not matter.
-        accumulation = self.current_gradient_accumulation_steps if train else 1
-        share = accumulation / args.steps_per_generation if train else 1.0
-        share /= self.accelerator.num_processes
-        if args.entropy_aggregation == "turn":
-            num_episodes = inputs["num_episodes_in_batch"].clamp(min=1) * share
-
-            def aggregate(values):
-                return turn_mean(values, mask, turn_ids, num_episodes)
-        else:
-            num_tokens = inputs["num_items_in_batch"].clamp(min=1) * share
-
-            def aggregate(values):
-                return token_mean(values, mask, num_tokens)
-
-        bonus = aggregate(entropies)  # L_H
-        smoothing = torch.zeros_like(bonus)  # L_smooth: 0 at k = 0
-        phase = self._phase_weight()
-        reference = history.reference
-        if args.entropy_smoothing != "none" and reference is not None:
-            penalty = smoothing_penalty(
-                entropies, reference, args.entropy_corridor_low, args.entropy_corridor_high, args.entropy_smoothing
-            )
-            smoothing = args.entropy_smoothing_coef * aggregate(penalty)
-        # A micro-batch holds its share of each part; logged are the parts of a whole optimizer step.
-        parts = torch.stack([policy_loss.to(bonus), bonus.detach(), smoothing.detach()])
-        parts = self.accelerator.reduce(parts, reduction="mean") * accumulation
-        for name, value in zip(("policy_loss", "entropy_bonus", "smoothing_loss"), parts.tolist(), strict=True):
-            self.add_metric(f"epo/{name}", value)
-        self.add_metric("epo/phase_weight", phase)
-        return -args.entropy_coef * (bonus - phase * smoothing)
-
-    def _phase_weight(self) -> float:
-        """β_k of the current RL step."""
-        if self.args.entropy_smoothing_schedule == "constant":
-            return 1.0
-        micro_steps = self.state.max_steps * self.args.gradient_accumulation_steps
-        total_steps = math.ceil(micro_steps / (self.args.steps_per_generation * self.num_iterations))
-        return phase_weight(max(self.entropy_history.step, 0), max(total_steps, 1), self.args.entropy_smoothing_decay)
-
-    def _note_entropies(self, entropies: Tensor, mask: Tensor, turn_ids: Tensor) -> None:
-        """Log the entropies of action tokens and, in training, enter them into the current RL step's history."""
-        reference = self.entropy_history.reference
-        dtype = torch.float32 if entropies.device.type == "mps" else torch.float64  # MPS has no float64
-        action = mask.bool()
-        num_turns = turn_ids.max(dim=1, keepdim=True).values + 1  # (B, 1)
-        late = action & (2 * turn_ids >= num_turns) & (num_turns > 1)
-        early = action & ~late
-        outside = [torch.zeros_like(action)] * 2
-        if reference is not None:
-            outside = [
-                action & (entropies < self.args.entropy_corridor_low * reference),
-                action & (entropies > self.args.entropy_corridor_high * reference),
-            ]
-        values = torch.where(action, entropies, 0.0).to(dtype)
-        sums = [(values * group).sum() for group in (action, early, late)]
-        counts = [group.sum().to(dtype) for group in (action, early, late, *outside)]
-        totals = self.accelerator.reduce(torch.stack([*sums, *counts]), reduction="sum").tolist()
-        total, early_sum, late_sum, count, early_count, late_count, below, above = totals
-        if self.mode == "train" and self.optimizer_micro_step < self.args.steps_per_generation:
-            # The first pass over the batch: each of its action tokens enters the history once.
-            self.entropy_history.observe(total, int(count))
-        for name, numerator, denominator in (
-            ("entropy", total, count),
-            ("entropy_early_turns", early_sum, early_count),
-            ("entropy_late_turns", late_sum, late_count),
-        ):
-            if denominator:
-                self.add_metric(f"epo/{name}", numerator / denominator)
-        if reference is not None and count:
-            self.add_metric("epo/entropy_reference", reference)
-            self.add_metric("epo/corridor_low", self.args.entropy_corridor_low * reference)
-            self.add_metric("epo/corridor_high", self.args.entropy_corridor_high * reference)
-            self.add_metric("epo/below_corridor", below / count)
-            self.add_metric("epo/above_corridor", above / count)
+    def shape_advantages(self, advantages: Tensor, entropies: Tensor) -> Tensor:
+        return self.entropy_term.shape_advantages(advantages, entropies)
 
     # Logs and checkpoints
 
@@ -503,12 +435,6 @@ class EPOTrainer(SeamedGRPOTrainer):
             return
         with open(path) as file:
             self.entropy_history.load_state_dict(json.load(file))
-
-
-def action_mask(batch: dict[str, Any]) -> Tensor:
-    """The tokens that carry loss, (B, T): those of the completion that the model sampled."""
-    mask = batch["completion_mask"]
-    return mask * batch["tool_mask"] if "tool_mask" in batch else mask
 
 
 def episode_return(episodes: list[Episode], invalid_action_penalty: list[float], **kwargs) -> list[float]:
