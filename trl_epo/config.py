@@ -67,6 +67,8 @@ class EPOConfig(GRPOConfig):
             come in that time (`episode/late_answers` counts the others); `float("inf")` waits for each.
         invalid_action_penalty (`float`, *optional*, defaults to `0.0`):
             Subtracted from an episode's reward for each invalid action, in units of reward (paper: 0.1).
+        eval_temperature (`float`, *optional*):
+            Sampling temperature of evaluations, whatever generates (paper: 0.4). `None`: `temperature`.
     """
 
     entropy_coef: float = field(
@@ -143,6 +145,9 @@ class EPOConfig(GRPOConfig):
         default=0.0,
         metadata={"help": "Subtracted from an episode's reward for each invalid action."},
     )
+    eval_temperature: float | None = field(
+        default=None, metadata={"help": "Sampling temperature of evaluations. None: `temperature`."}
+    )
 
     def __post_init__(self):
         if not self.use_cpu and not torch.accelerator.is_available():
@@ -202,6 +207,16 @@ class EPOConfig(GRPOConfig):
                 f"`max_completion_length` is {self.max_completion_length}, but must be at least 1 token, or `None` "
                 "for the default."
             )
+        if self.eval_temperature is not None:
+            if not self.eval_temperature > 0:
+                raise ValueError(
+                    f"`eval_temperature` is {self.eval_temperature}, but must be above 0, or `None` for `temperature`."
+                )
+            if "temperature" in (self.generation_kwargs or {}):
+                raise ValueError(
+                    "`eval_temperature` has no effect beside the `temperature` in `generation_kwargs`, which always "
+                    "holds. Set `temperature` of its own instead."
+                )
 
 
 def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
