@@ -138,9 +138,6 @@ class TestRows:
         assert some.to_list() == script.rows("iid", 64).to_list()
         assert some.to_list() != ScriptArguments("scienceworld", tasks_seed=1).rows("iid", 64).to_list()
 
-    def test_alfworld_has_names_of_its_own_for_the_splits(self):
-        assert cli.ENVIRONMENTS["alfworld"].splits == {"iid": "valid_seen", "ood": "valid_unseen"}
-
     def test_ones_own(self, tmp_path, monkeypatch):
         (tmp_path / "doors_of_mine.py").write_text(OWN)
         monkeypatch.syspath_prepend(tmp_path)

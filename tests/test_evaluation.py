@@ -4,6 +4,7 @@ import doctest
 import math
 from itertools import combinations
 
+import numpy as np
 import pytest
 import torch
 from conftest import Corridor, make_model, shapes_read
@@ -87,6 +88,16 @@ class TestInterval:
         assert rate - 1e-12 <= high <= 1.0
         narrowest, widest = (wilson(rate * number, number) for number in (episodes, len(outcomes)))
         assert narrowest[1] - narrowest[0] - 1e-9 <= high - low <= widest[1] - widest[0] + 1e-9
+
+    @pytest.mark.parametrize(("a", "b"), [(0.3, 0.3), (2.0, 2.0), (50.0, 50.0)])
+    def test_it_holds_the_rate_as_often_as_it_says(self, a, b):
+        # Rows of unequal difficulty, from very unequal to nearly equal; 30 rows of 8 episodes, drawn 500 times.
+        draw = np.random.default_rng(0)
+        intervals = [
+            success_interval([RowOutcome(8, int(number)) for number in draw.binomial(8, draw.beta(a, b, 30))])
+            for _ in range(500)
+        ]
+        assert 0.91 < sum(low <= 0.5 <= high for low, high in intervals) / 500 < 0.99
 
     def test_no_outcomes(self):
         with pytest.raises(ValueError, match="no outcomes"):

@@ -29,21 +29,17 @@ from .trainer import EPOTrainer
 
 
 class BuiltIn(NamedTuple):
-    """Where an environment of this package and its tasks are, and what it calls the splits."""
+    """Where an environment of this package is, and the function that gives its rows."""
 
     environment: str
     tasks: str
-    splits: dict[str, str]
 
 
+# Each knows the splits "train", "iid" and "ood".
 ENVIRONMENTS = {
-    "household": BuiltIn("trl_epo.envs.household:Household", "trl_epo.envs.household:tasks", {}),
-    "scienceworld": BuiltIn("trl_epo.envs.scienceworld:ScienceWorld", "trl_epo.envs.scienceworld:tasks", {}),
-    "alfworld": BuiltIn(
-        "trl_epo.envs.alfworld:ALFWorld",
-        "trl_epo.envs.alfworld:tasks",
-        {"iid": "valid_seen", "ood": "valid_unseen"},
-    ),
+    "household": BuiltIn("trl_epo.envs.household:Household", "trl_epo.envs.household:tasks"),
+    "scienceworld": BuiltIn("trl_epo.envs.scienceworld:ScienceWorld", "trl_epo.envs.scienceworld:tasks"),
+    "alfworld": BuiltIn("trl_epo.envs.alfworld:AlfWorld", "trl_epo.envs.alfworld:tasks"),
 }
 
 
@@ -125,9 +121,6 @@ class ScriptArguments:
     def rows(self, split: str, size: int | None) -> Dataset:
         """`size` rows of a split, or all of them."""
         tasks = _imported("tasks", self.tasks)
-        built_in = ENVIRONMENTS.get(self.environment)
-        if built_in is not None and self.tasks == built_in.tasks:
-            split = built_in.splits.get(split, split)
         if "size" in inspect.signature(tasks).parameters:
             if size is None:
                 raise ValueError(
