@@ -179,7 +179,7 @@ def make_trainer(
     }
     model = model_args.model_name_or_path
     if Path(model, "adapter_config.json").exists():
-        model = AutoPeftModelForCausalLM.from_pretrained(model, is_trainable=True, dtype=model_args.dtype)
+        model = AutoPeftModelForCausalLM.from_pretrained(model, is_trainable=True, **args.model_init_kwargs)
         args.model_init_kwargs = None
         kwargs["peft_config"] = None
     return EPOTrainer(
