@@ -45,6 +45,7 @@ setup(
     python_requires=">=3.10",
     install_requires=REQUIREMENTS,
     extras_require=EXTRAS,
+    entry_points={"console_scripts": ["trl-epo=trl_epo.cli:main"]},
     classifiers=[
         "Intended Audience :: Science/Research",
         "Operating System :: OS Independent",

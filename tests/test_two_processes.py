@@ -1,4 +1,4 @@
-"""Two real processes (gloo, CPU): one entropy history, and groups that span both."""
+"""Two real processes (gloo, CPU): one entropy history, groups that span both, panels whose rows count once."""
 
 import json
 import os
@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 from conftest import Corridor, make_model, make_tokenizer
+from datasets import Dataset
 
 import trl_epo
 from trl_epo import EPOConfig, EPOTrainer
@@ -71,21 +72,66 @@ def train(folder: str, settings: dict) -> None:
         "slopes": [
             entry["epo/corridor_slope"] for entry in trainer.state.log_history if "epo/corridor_slope" in entry
         ],
+        "critic": trainer._critic and sum(float(w.double().abs().sum()) for w in trainer._critic.model.parameters()),
         "turns": [entry["episode/turns"] for entry in trainer.state.log_history if "episode/turns" in entry],
     }
     Path(folder, f"rank{trainer.accelerator.process_index}.json").write_text(json.dumps(state))
 
 
-def run(folder: Path, **settings) -> tuple[dict, dict]:
-    """What each of two processes says of a training."""
+def evaluate(folder: str, settings: dict) -> None:
+    """Panels whose last batch is not full: 3 rows and 1 row, of which two episodes are played, two on a process."""
+    args = EPOConfig(
+        folder,
+        per_device_eval_batch_size=2,
+        num_generations_eval=2,
+        per_device_train_batch_size=2,
+        num_generations=2,
+        max_turns=3,
+        max_turn_length=4,
+        max_steps=1,
+        use_cpu=True,
+        bf16=False,
+        disable_tqdm=True,
+        **settings,
+    )
+    lengths = {"many": [1, 90, 90], "one": [1]}
+    trainer = EPOTrainer(
+        make_model(),
+        args=args,
+        eval_dataset={name: Dataset.from_dict({"length": each}) for name, each in lengths.items()},
+        processing_class=make_tokenizer(),
+        environment_factory=Recording,
+        action_parser=lambda text: "r",
+    )
+    Recording.seeds.clear()
+    state = {"metrics": trainer.evaluate(), "seeds": Recording.seeds}
+    Path(folder, f"rank{trainer.accelerator.process_index}.json").write_text(json.dumps(state))
+
+
+def run(folder: Path, what: str = "train", **settings) -> tuple[dict, dict]:
+    """What each of two processes says of a training or an evaluation."""
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     path = os.pathsep.join([str(Path(__file__).parent), str(Path(trl_epo.__file__).parents[1])])
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path}
-    command = [*launcher, __file__, str(folder), json.dumps(settings)]
+    command = [*launcher, __file__, what, str(folder), json.dumps(settings)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
     first, second = (json.loads((folder / f"rank{rank}.json").read_text()) for rank in range(2))
     return first, second
+
+
+def test_every_row_of_a_panel_counts_as_often_as_it_should(tmp_path):
+    first, second = run(tmp_path, "evaluate")
+    for state in (first, second):
+        assert state["metrics"]["eval_many_episode/count"] == 6
+        assert state["metrics"]["eval_many_episode/success_rate"] == 2 / 6
+        assert state["metrics"]["eval_many_episode/pass@2"] == 1 / 3
+        assert state["metrics"]["eval_many_episode/stop/failure"] == 0.0
+        assert state["metrics"]["eval_one_episode/count"] == 2
+        assert state["metrics"]["eval_one_episode/success_rate"] == state["metrics"]["eval_one_reward"] == 1.0
+    # Rows 0 and 2 and the other panel's row are the first process's; what would fill up a batch is not played.
+    assert [len(first["seeds"]), len(second["seeds"])] == [6, 2]
+    assert first["seeds"][0] == first["seeds"][1] != second["seeds"][0] == second["seeds"][1]
 
 
 def test_history_weights_and_groups_are_shared(tmp_path):
@@ -119,5 +165,14 @@ def test_side_of_the_batchs_corridor_is_shared(tmp_path):
     assert first["slopes"] == second["slopes"] == [0, 1, 1]
 
 
+def test_windows_and_a_critic(tmp_path):
+    # Contexts differ in number and length from process to process.
+    first, second = run(tmp_path, context="window", advantage_estimator="gae", critic_learning_rate=1e-2)
+    assert first["history"] == second["history"]
+    assert first["weights"] == second["weights"]
+    assert first["critic"] == second["critic"]
+    assert first["training_forwards"] > 3 and second["training_forwards"] > 3
+
+
 if __name__ == "__main__":
-    train(sys.argv[1], json.loads(sys.argv[2]))
+    {"train": train, "evaluate": evaluate}[sys.argv[1]](sys.argv[2], json.loads(sys.argv[3]))

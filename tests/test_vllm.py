@@ -62,6 +62,8 @@ def train(folder: str) -> None:
         vllm_mode="colocate",
         vllm_gpu_memory_utilization=0.1,
         vllm_max_model_length=CONTEXT_LENGTH,
+        eval_temperature=0.4,
+        num_generations_eval=1,
     )
     trainer = EPOTrainer(
         f"{folder}/model",
@@ -70,10 +72,11 @@ def train(folder: str) -> None:
         train_dataset=Dataset.from_dict({"length": [9000, 9100, 9200, 9300]}),  # no episode reaches the door
         environment_factory=lambda: Corridor(turns=99),
     )
-    engine, requests = trainer.vllm_generation.llm, []
+    engine, requests, temperatures = trainer.vllm_generation.llm, [], []
     generate = engine.generate
 
     def recorded(*args, **kwargs):
+        temperatures.append(kwargs["sampling_params"].temperature)
         answers = generate(*args, **kwargs)
         for answer in answers:
             (output,) = answer.outputs
@@ -99,7 +102,12 @@ def train(folder: str) -> None:
         for episode in PLAYED
     ]
     logs = [entry for entry in trainer.state.log_history if "loss" in entry]
-    Path(folder, "record.json").write_text(json.dumps({"requests": requests, "episodes": episodes, "logs": logs}))
+    record = {"requests": list(requests), "episodes": episodes, "logs": logs, "temperatures": list(temperatures)}
+    temperatures.clear()
+    record["evaluation"] = trainer.evaluate(Dataset.from_dict({"length": [9000] * 3}))
+    record["eval_temperatures"] = list(temperatures)
+    record["temperature_afterwards"] = trainer.vllm_generation.temperature
+    Path(folder, "record.json").write_text(json.dumps(record))
 
 
 @pytest.fixture(scope="module")
@@ -154,6 +162,14 @@ def test_vllm_samples_from_the_trained_weights(record):
 
 def test_a_turn_finds_the_last_one_in_the_prefix_cache(record):
     assert max(request["cached"] for request in record["requests"]) > 0
+
+
+def test_an_evaluation_has_a_temperature_of_its_own(record):
+    assert set(record["temperatures"]) == {1.0}
+    assert set(record["eval_temperatures"]) == {0.4}
+    assert record["temperature_afterwards"] == 1.0
+    assert record["evaluation"]["eval_episode/count"] == 3
+    assert record["evaluation"]["eval_episode/stop/token_budget"] == 1.0
 
 
 if __name__ == "__main__":

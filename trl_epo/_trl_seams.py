@@ -66,7 +66,10 @@ SIGNATURES = {
         "has_tool_images",
     ),
     "_calculate_rewards": ("self", "inputs", "prompts", "completions", "completion_ids_list"),
+    "_prepare_inputs": ("self", "generation_batch"),
     "_get_train_sampler": ("self", "dataset"),
+    "_get_eval_sampler": ("self", "eval_dataset"),
+    "prediction_step": ("self", "model", "inputs", "prediction_loss_only", "ignore_keys"),
     "_save_checkpoint": ("self", "model", "trial"),
     "_load_optimizer_and_scheduler": ("self", "checkpoint"),
     "compute_loss": ("self", "model", "inputs", "return_outputs", "num_items_in_batch"),
@@ -92,6 +95,10 @@ ATTRIBUTES = (
     "chat_template",
     "chat_template_kwargs",
     "max_completion_length",
+    "temperature",
+    "generation_config",
+    "generation_kwargs",
+    "vllm_generation",
     "num_generations",
     "num_generations_eval",
 )
@@ -128,6 +135,7 @@ class SeamedGRPOTrainer(GRPOTrainer):
     def __init__(self, *args, **kwargs):
         self._captured_entropies: list[Tensor] | None = None
         self._loss_inputs: dict[str, Any] | None = None  # what TRL's loss reads, while it is being computed
+        self._plays_episodes = False
         self._played_batch: dict[str, list] | None = None
         # The reward of each episode of the generation batch, over all processes; NaN for those that failed.
         self.episode_rewards: Tensor | None = None
@@ -179,6 +187,7 @@ class SeamedGRPOTrainer(GRPOTrainer):
 
     def use_played_episodes(self) -> None:
         """Take completions from [`set_played_batch`] from now on, instead of generating them."""
+        self._plays_episodes = True
         self.rollout_func = lambda prompts, trainer: dict(self._played_batch["fields"])
 
     def prepare_vllm(self) -> None:
@@ -264,6 +273,23 @@ class SeamedGRPOTrainer(GRPOTrainer):
             self._metrics["eval"].update(metrics)
 
     @contextmanager
+    def sampling_at(self, temperature: float | None) -> Iterator[None]:
+        """Sample at this temperature in here, with whatever backend; `None` changes nothing."""
+        before = self.temperature
+        self._set_temperature(before if temperature is None else temperature)
+        try:
+            yield
+        finally:
+            self._set_temperature(before)
+
+    def _set_temperature(self, temperature: float) -> None:
+        self.temperature = temperature
+        if self.use_vllm:
+            self.vllm_generation.temperature = temperature
+        elif "temperature" not in (self.args.generation_kwargs or {}):
+            self.generation_config.temperature = self.generation_kwargs["temperature"] = temperature
+
+    @contextmanager
     def capture_entropies(self) -> Iterator[list[Tensor]]:
         """Collect the token entropies, with gradient, that the loss computes inside this context."""
         self._captured_entropies = []
@@ -347,6 +373,10 @@ class SeamedGRPOTrainer(GRPOTrainer):
         compute_aux_loss=False,
         **multimodal,
     ):
+        if self._played_batch is not None and self.mode == "eval":
+            # Nothing of an evaluation needs the model's log-probs, nor the reference model's.
+            nothing = torch.full((len(input_ids), logits_to_keep), torch.nan, device=input_ids.device)
+            return nothing, nothing if compute_entropy else None, None
         if self._loss_mask is None or self.learns_prompts or any(value is not None for value in multimodal.values()):
             outputs = super()._get_per_token_logps_and_entropies(
                 model,
@@ -391,6 +421,12 @@ class SeamedGRPOTrainer(GRPOTrainer):
         finally:
             self._loss_mask = self._loss_inputs = self.loss_context_ids = None
 
+    def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
+        if not self._plays_episodes:
+            return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
+        self._prepare_inputs(inputs)  # plays and scores the episodes; a loss of theirs would cost another forward
+        return None, None, None
+
     def _generate_and_score_completions(self, inputs):
         try:
             return self.extend_batch(super()._generate_and_score_completions(self.prepare_rows(inputs)))
@@ -433,6 +469,12 @@ class SeamedGRPOTrainer(GRPOTrainer):
             shuffle=sampler.shuffle,
             seed=sampler.seed,
         )
+
+    def _get_eval_sampler(self, eval_dataset):
+        sampler = super()._get_eval_sampler(eval_dataset)
+        if self._plays_episodes:
+            sampler.shuffle = False  # a panel: what a row is played with depends on its place
+        return sampler
 
     def _save_checkpoint(self, model, trial):
         super()._save_checkpoint(model, trial)

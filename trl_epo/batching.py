@@ -1,7 +1,16 @@
-"""Which rows of unequal length to compute together."""
+"""Batches of rows: which of their tokens carry loss, and which rows of unequal length to compute together."""
 
 import math
 from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor
+
+
+def action_mask(batch: dict[str, Any]) -> Tensor:
+    """The tokens that carry loss, (B, T): those of the completion that the model sampled."""
+    mask = batch["completion_mask"]
+    return mask * batch["tool_mask"] if "tool_mask" in batch else mask
 
 
 def length_groups(lengths: Sequence[int], overhead: int, max_tokens: float = math.inf) -> list[list[int]]:

@@ -133,6 +133,8 @@ class EPOConfig(GRPOConfig):
             nothing. `None`: they stay (and bear the entropy term and the KL penalty). `"mask"`: they are left out of
             the loss. `"resample"`: they are played again, up to three times, with new seeds where the dataset gives
             none, and then left out.
+        eval_temperature (`float`, *optional*):
+            Sampling temperature of evaluations, whatever generates (paper: 0.4). `None`: `temperature`.
     """
 
     entropy_coef: float = field(
@@ -295,6 +297,9 @@ class EPOConfig(GRPOConfig):
             "choices": GROUP_FILTERS,
         },
     )
+    eval_temperature: float | None = field(
+        default=None, metadata={"help": "Sampling temperature of evaluations. None: `temperature`."}
+    )
 
     def __post_init__(self):
         if not self.use_cpu and not torch.accelerator.is_available():
@@ -392,6 +397,16 @@ class EPOConfig(GRPOConfig):
                 f"`max_completion_length` is {self.max_completion_length}, but must be at least 1 token, or `None` "
                 "for the default."
             )
+        if self.eval_temperature is not None:
+            if not self.eval_temperature > 0:
+                raise ValueError(
+                    f"`eval_temperature` is {self.eval_temperature}, but must be above 0, or `None` for `temperature`."
+                )
+            if "temperature" in (self.generation_kwargs or {}):
+                raise ValueError(
+                    "`eval_temperature` has no effect beside the `temperature` in `generation_kwargs`, which always "
+                    "holds. Set `temperature` of its own instead."
+                )
 
     def _check_credit(self):
         _check_choice("advantage_estimator", self.advantage_estimator, ESTIMATORS)

@@ -19,6 +19,7 @@ from .advantages import (
     turn_rewards,
     value_loss,
 )
+from .batching import action_mask
 from .config import EPOConfig
 from .critic import Critic
 from .episode import Episode
@@ -57,7 +58,7 @@ class CreditAssigner:
         rows, num_groups = self._in_flat_groups(rewards.tolist(), len(batch["turn_ids"]))
         batch["tool_mask"][rows] = 0
         batch["turn_ids"][rows] = -1
-        batch["num_items_in_batch"] = self.accelerator.gather(_action_mask(batch).sum()).sum()
+        batch["num_items_in_batch"] = self.accelerator.gather(action_mask(batch).sum()).sum()
         return {"groups/masked": num_groups}
 
     def assign(self, batch: dict[str, Any], episodes: list[Episode], rewards: Tensor) -> dict[str, float]:
@@ -92,12 +93,12 @@ class CreditAssigner:
         """
         losses = value_loss(self.critic.values(batch), batch["values"], batch["returns"], self.args.critic_clip_range)
         share = micro_batches / self.args.steps_per_generation / self.accelerator.num_processes
-        loss = token_mean(losses, _action_mask(batch), batch["num_items_in_batch"].clamp(min=1) * share)
+        loss = token_mean(losses, action_mask(batch), batch["num_items_in_batch"].clamp(min=1) * share)
         total = self.accelerator.reduce(loss.detach(), reduction="mean") * micro_batches
         return loss, {"critic/value_loss": total.item()}
 
     def _estimate_with_critic(self, batch: dict[str, Any], rewards: Tensor) -> dict[str, float]:
-        action = _action_mask(batch).bool()
+        action = action_mask(batch).bool()
         with torch.no_grad():
             values = self.critic.values(batch)
         advantages, returns = gae(rewards, values, action, self.args.gamma, self.args.gae_lambda)
@@ -126,7 +127,3 @@ class CreditAssigner:
         flat = flat_groups(rewards, self.args.num_generations)
         own = range(len(rewards))[self._own(num_episodes)]
         return [i for i, episode in enumerate(own) if flat[episode // self.args.num_generations]], sum(flat)
-
-
-def _action_mask(batch: dict[str, Any]) -> Tensor:
-    return batch["completion_mask"] * batch["tool_mask"]

@@ -13,6 +13,7 @@ from torch.nn.parallel import DistributedDataParallel
 from transformers import AutoModelForTokenClassification, PreTrainedModel
 from trl.trainer.utils import disable_dropout_in_model
 
+from .batching import action_mask
 from .scoring import Run, equal_number_of_forwards, in_forwards, keep_only, lay_out_contexts
 
 
@@ -107,7 +108,7 @@ class Critic:
         contexts = lay_out_contexts(
             torch.cat([batch["prompt_ids"], batch["completion_ids"]], dim=1),
             torch.cat([batch["prompt_mask"], batch["completion_mask"]], dim=1),
-            batch["completion_mask"] * batch["tool_mask"],
+            action_mask(batch),
             batch.get("context_ids"),
         )
         plain = self.accelerator.unwrap_model(self.model)

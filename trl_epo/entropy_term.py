@@ -9,6 +9,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
+from .batching import action_mask
 from .config import EPOConfig
 from .history import EntropyHistory
 from .objective import (
@@ -273,9 +274,3 @@ class EntropyTerm:
         values = torch.stack([part.detach().float() for part in parts.values()])
         values = self.accelerator.reduce(values, reduction="mean") * moment.micro_batches
         return dict(zip(parts, values.tolist(), strict=True))
-
-
-def action_mask(batch: dict[str, Any]) -> Tensor:
-    """The tokens that carry loss, (B, T): those of the completion that the model sampled."""
-    mask = batch["completion_mask"]
-    return mask * batch["tool_mask"] if "tool_mask" in batch else mask

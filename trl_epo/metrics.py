@@ -18,9 +18,10 @@ class EpisodeSummary:
     num_invalid_actions: int
     num_late_answers: int
     stop_reason: StopReason
+    row: int = 0  # which row of an evaluation set it is an episode of
 
     @classmethod
-    def of(cls, episode: Episode) -> "EpisodeSummary":
+    def of(cls, episode: Episode, row: int = 0) -> "EpisodeSummary":
         return cls(
             task=episode.task,
             success=episode.success,
@@ -29,6 +30,7 @@ class EpisodeSummary:
             num_invalid_actions=episode.num_invalid_actions,
             num_late_answers=episode.num_late_answers,
             stop_reason=episode.stop_reason,
+            row=row,
         )
 
 

@@ -4,6 +4,7 @@ import json
 import logging
 import math
 import os
+import sys
 import textwrap
 import weakref
 from collections.abc import Callable
@@ -11,25 +12,27 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from accelerate.utils import gather_object
 from torch import Tensor
+from transformers.trainer_utils import has_length
 from trl.trainer.utils import get_config_model_id
 
 from ._trl_seams import SeamedGRPOTrainer
+from .batching import action_mask
 from .chat import ChatEncoder
 from .config import EPOConfig
 from .contexts import ContextRules, PromptBuilder, build_prompt, describe_turn
 from .credit import CreditAssigner
 from .critic import Critic, make_critic
-from .entropy_term import EntropyTerm, Moment, action_mask
+from .entropy_term import EntropyTerm, Moment
 from .environment_pool import make_environment_pool
-from .episode import Episode, episode_row
+from .episode import Episode, StopReason, episode_row
+from .evaluation import evaluation_metrics
 from .generation import TurnSampler, make_logits_processors
 from .history import EntropyHistory
 from .metrics import EpisodeSummary, episode_metrics
 from .model_card import complete_model_card
-from .objective import token_mean, turn_ids_from_mask
+from .objective import turn_ids_from_mask
 from .rollout import ActionParser, EpisodeStart, Limits, parse_action, play_episodes
 from .rows import FirstRow, check_first_row, environment_options, placeholder_dataset
 
@@ -41,6 +44,8 @@ HISTORY_FILE = "entropy_history.json"
 CRITIC_FOLDER = os.path.join("critic", "model")
 MAX_RESAMPLES = 3  # of a group whose returns are all equal
 DEFAULT_COMPLETION_LENGTH = 512  # TRL's default, in tokens
+# In the place of a row that accelerate repeats, to fill up the last batch of an evaluation.
+UNPLAYED = Episode([{"role": "user", "content": ""}], (), (), StopReason.FAILURE, failure="not played: a repeated row")
 
 
 class EPOTrainer(SeamedGRPOTrainer):
@@ -130,6 +135,7 @@ class EPOTrainer(SeamedGRPOTrainer):
         self._prompt_builder = prompt_builder or (build_prompt if args.context == "window" else describe_turn)
         self._summaries: dict[str, list[EpisodeSummary]] = {"train": [], "eval": []}
         self._num_eval_rows = 0
+        self._eval_panel_size = 0  # in episodes
         self._eval_prefix = "eval"
         self._episode_limits: Limits | None = None
         self._episodes: list[Episode] = []  # of the generation batch
@@ -268,8 +274,12 @@ class EPOTrainer(SeamedGRPOTrainer):
             self.entropy_history.begin_step()
         if self._environments is None:
             return rows
+        groups = self._group_numbers(len(rows))
         resamples = MAX_RESAMPLES * (self.mode == "train" and self.args.filter_zero_variance_groups == "resample")
-        starts = [self._episode_starts(rows, attempt) for attempt in range(1 + resamples)]
+        starts = [
+            [self._episode_start(row, group, attempt) for row, group in zip(rows, groups, strict=False)]
+            for attempt in range(1 + resamples)
+        ]
         with self.turn_sampler() as sampler:  # the model is in evaluation mode in here
             episodes = self._play(starts[0], sampler)
             for others in starts[1:]:
@@ -277,6 +287,9 @@ class EPOTrainer(SeamedGRPOTrainer):
                 self._num_resampled += num_groups
                 for i, episode in zip(flat, self._play([others[i] for i in flat], sampler), strict=True):
                     episodes[i] = episode
+        summaries = [EpisodeSummary.of(episode, group) for episode, group in zip(episodes, groups, strict=True)]
+        self._summaries[self.mode] += gather_object(summaries)
+        episodes += [UNPLAYED] * (len(rows) - len(groups))
         self._episodes = episodes
         pad_id = self._tokenizer.pad_token_id
         training_rows = [episode_row(episode, pad_id) for episode in episodes]
@@ -293,7 +306,6 @@ class EPOTrainer(SeamedGRPOTrainer):
             context_ids=[row.context_ids for row in training_rows] if windowed else None,
         )
         self._turn_ids = [row.turn_ids for row in training_rows]
-        self._summaries[self.mode] += gather_object([EpisodeSummary.of(episode) for episode in episodes])
         penalty = self.args.invalid_action_penalty
         return [
             {**row, "prompt": episode.prompt, "episodes": episode, "invalid_action_penalty": penalty}
@@ -310,29 +322,45 @@ class EPOTrainer(SeamedGRPOTrainer):
             action_parser=self._action_parser,
         )
 
-    def _episode_starts(self, rows: list[dict[str, Any]], attempt: int = 0) -> list[EpisodeStart]:
-        """Where each row's episode begins; the copies of a row, on whatever process, share one seed."""
-        train = self.mode == "train"
-        group_size = self.num_generations if train else self.num_generations_eval
-        first = self.accelerator.process_index * len(rows)
-        if not train:
-            first += self._num_eval_rows
-            self._num_eval_rows += len(rows) * self.accelerator.num_processes
-        starts = []
-        for index, row in enumerate(rows, start=first):
-            seed = row.get("seed")
-            if seed is None:
-                # Training: a new seed each RL step. Evaluation: the same panel each time.
-                step = self.entropy_history.step if train else 0
-                seed = derived_seed(self.args.seed, train, step, index // group_size, attempt)
-            name = row.get("environment") if self._environments.named else None
-            starts.append(EpisodeStart(row.get("prompt") or [], seed, environment_options(row), name))
-        return starts
+    def _group_numbers(self, num_rows: int) -> list[int]:
+        """
+        Which group of the generation batch, or which row of the panel, each of this process's dataset rows belongs to.
+        Those with which accelerate fills up the last batch of an evaluation come last and get no number.
+        """
+        if self.mode == "train":
+            first = self.accelerator.process_index * num_rows
+            return [index // self.num_generations for index in range(first, first + num_rows)]
+        first = self._num_eval_rows + self.accelerator.process_index * num_rows
+        self._num_eval_rows += num_rows * self.accelerator.num_processes
+        last = min(first + num_rows, self._eval_panel_size)
+        return [index // self.num_generations_eval for index in range(first, last)]
 
-    def evaluation_loop(self, *args, metric_key_prefix: str = "eval", **kwargs):
-        self._num_eval_rows = 0
+    def _episode_start(self, row: dict[str, Any], group: int, attempt: int) -> EpisodeStart:
+        """Where the episode of a dataset row begins; the copies of a row, on whatever process, share one seed."""
+        seed = row.get("seed")
+        if seed is None:
+            # Training: a new seed each RL step. Evaluation: the same panel each time.
+            train = self.mode == "train"
+            seed = derived_seed(self.args.seed, train, self.entropy_history.step if train else 0, group, attempt)
+        name = row.get("environment") if self._environments.named else None
+        return EpisodeStart(row.get("prompt") or [], seed, environment_options(row), name)
+
+    def evaluation_loop(self, dataloader, *args, metric_key_prefix: str = "eval", **kwargs):
         self._eval_prefix = metric_key_prefix
-        return super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
+        if self._environments is not None:
+            batch_size = self.args.eval_batch_size * self.accelerator.num_processes
+            if batch_size % self.num_generations_eval:
+                raise ValueError(
+                    f"An evaluation batch of {batch_size} episodes (`per_device_eval_batch_size` times the processes) "
+                    f"cannot hold whole groups of {self.num_generations_eval}. Set `num_generations_eval` to a divisor "
+                    "of it."
+                )
+            self._num_eval_rows = 0
+            self._summaries["eval"].clear()  # of an evaluation that was interrupted
+            rows = dataloader.dataset
+            self._eval_panel_size = len(rows) * self.num_generations_eval if has_length(rows) else sys.maxsize
+        with self.sampling_at(self.args.eval_temperature):
+            return super().evaluation_loop(dataloader, *args, metric_key_prefix=metric_key_prefix, **kwargs)
 
     # Credit assignment
 
@@ -404,7 +432,8 @@ class EPOTrainer(SeamedGRPOTrainer):
     # Logs and checkpoints
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        for name, value in episode_metrics(self._summaries[self.mode]).items():
+        metrics_of = episode_metrics if self.mode == "train" else evaluation_metrics
+        for name, value in metrics_of(self._summaries[self.mode]).items():
             self.set_metric(name, value)
         self._summaries[self.mode].clear()
         if self.mode == "eval":

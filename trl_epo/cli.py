@@ -1,0 +1,315 @@
+"""
+The command line:
+
+    trl-epo train    --config examples/configs/household-small.yaml --model_name_or_path MODEL --output_dir runs/a
+    trl-epo evaluate --config examples/configs/household-small.yaml --model_name_or_path runs/a
+
+Every field of `EPOConfig`, TRL's `ModelConfig` and `ScriptArguments` is a key of the config file and a flag; flags win.
+With several processes: `accelerate launch -m trl_epo train …`.
+"""
+
+import inspect
+import json
+import os
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from importlib import import_module
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from datasets import Dataset
+from peft import AutoPeftModelForCausalLM
+from transformers.trainer_utils import get_last_checkpoint
+from trl import ModelConfig, TrlParser, get_peft_config, get_quantization_config
+
+from .config import EPOConfig
+from .trainer import EPOTrainer
+
+
+class BuiltIn(NamedTuple):
+    """Where an environment of this package is, and the function that gives its rows."""
+
+    environment: str
+    tasks: str
+
+
+# Each knows the splits "train", "iid" and "ood".
+ENVIRONMENTS = {
+    "household": BuiltIn("trl_epo.envs.household:Household", "trl_epo.envs.household:tasks"),
+    "scienceworld": BuiltIn("trl_epo.envs.scienceworld:ScienceWorld", "trl_epo.envs.scienceworld:tasks"),
+    "alfworld": BuiltIn("trl_epo.envs.alfworld:AlfWorld", "trl_epo.envs.alfworld:tasks"),
+}
+
+
+@dataclass
+class ScriptArguments:
+    """
+    What to act in and on which rows.
+
+    Parameters:
+        environment (`str`):
+            `"household"`, `"scienceworld"`, `"alfworld"`, or `"module:attribute"`: something that makes an environment
+            when called. Modules are looked for in the working directory too.
+        environment_kwargs (`dict` or `str`, *optional*):
+            Keyword arguments of the environment (on the command line as JSON).
+        tasks (`str`, *optional*):
+            `"module:function"`: a function that gives the [`~datasets.Dataset`] of a split, called with the name of the
+            split. If it takes `size` it is also given `size` and `seed`. Built-in environments have their own.
+        tasks_kwargs (`dict` or `str`, *optional*):
+            More keyword arguments of that function (on the command line as JSON).
+        tasks_seed (`int`, *optional*, defaults to `0`):
+            Which rows are drawn, if not all; the same whatever `seed` training has.
+        train_split (`str`, *optional*, defaults to `"train"`):
+            The split to train on.
+        eval_splits (`list[str]`, *optional*, defaults to `["iid", "ood"]`):
+            The splits that are evaluation sets, of which metrics get their names.
+        train_size, eval_size (`int`, *optional*):
+            Rows of the training split and of each evaluation set. `None`: all of them.
+        resume (`bool`, *optional*, defaults to `False`):
+            Train on from the newest checkpoint in `output_dir`, if there is one. (`resume_from_checkpoint` names one.)
+        results (`str`, *optional*):
+            The JSON file that `evaluate` writes. `None`: `evaluation.json` in `output_dir`.
+    """
+
+    environment: str = field(
+        metadata={"help": "'household', 'scienceworld', 'alfworld', or 'module:attribute' of your own."}
+    )
+    environment_kwargs: dict | str | None = field(
+        default=None, metadata={"help": "Keyword arguments of the environment, as JSON."}
+    )
+    tasks: str | None = field(
+        default=None,
+        metadata={"help": "'module:function' that gives the dataset of a split. None: the environment's."},
+    )
+    tasks_kwargs: dict | str | None = field(
+        default=None, metadata={"help": "More keyword arguments of that function, as JSON."}
+    )
+    tasks_seed: int = field(default=0, metadata={"help": "Which rows are drawn, if not all."})
+    train_split: str = field(default="train", metadata={"help": "The split to train on."})
+    eval_splits: list[str] = field(
+        default_factory=lambda: ["iid", "ood"], metadata={"help": "The splits that are evaluation sets."}
+    )
+    train_size: int | None = field(default=None, metadata={"help": "Rows to train on. None: all."})
+    eval_size: int | None = field(default=None, metadata={"help": "Rows of each evaluation set. None: all."})
+    resume: bool = field(
+        default=False, metadata={"help": "Train on from the newest checkpoint in `output_dir`, if there is one."}
+    )
+    results: str | None = field(
+        default=None, metadata={"help": "JSON file that `evaluate` writes. None: evaluation.json in `output_dir`."}
+    )
+
+    def __post_init__(self):
+        for name in ("environment_kwargs", "tasks_kwargs"):
+            setattr(self, name, _json_object(name, getattr(self, name)))
+        if self.environment not in ENVIRONMENTS and ":" not in self.environment:
+            raise ValueError(
+                f"`environment` is {self.environment!r}, but must be one of {', '.join(map(repr, ENVIRONMENTS))}, or "
+                "'module:attribute'."
+            )
+        built_in = ENVIRONMENTS.get(self.environment)
+        if self.tasks is None and built_in is not None:
+            self.tasks = built_in.tasks
+
+    def environment_factory(self) -> Callable:
+        """What makes an environment."""
+        built_in = ENVIRONMENTS.get(self.environment)
+        factory = _imported("environment", self.environment if built_in is None else built_in.environment)
+        return partial(factory, **self.environment_kwargs) if self.environment_kwargs else factory
+
+    def rows(self, split: str, size: int | None) -> Dataset:
+        """`size` rows of a split, or all of them."""
+        tasks = _imported("tasks", self.tasks)
+        if "size" in inspect.signature(tasks).parameters:
+            if size is None:
+                raise ValueError(
+                    f"The tasks of {self.environment!r} have no end: set `train_size` and `eval_size`, the numbers of rows."
+                )
+            return tasks(split, **{"size": size, "seed": self.tasks_seed, **self.tasks_kwargs})
+        rows = tasks(split, **self.tasks_kwargs)
+        if size is None or size >= len(rows):
+            return rows
+        return rows.shuffle(seed=self.tasks_seed).select(range(size))
+
+    def panels(self) -> dict[str, Dataset]:
+        """The evaluation sets by name."""
+        if self.tasks is None:
+            raise ValueError(
+                f"There is nothing to evaluate on: `tasks` is not set, and the environment {self.environment!r} is not "
+                "one of this package's. Give a 'module:function' that returns the dataset of a split."
+            )
+        return {split: self.rows(split, self.eval_size) for split in self.eval_splits}
+
+
+def parse(command: str, arguments: Sequence[str]) -> tuple[ScriptArguments, EPOConfig, ModelConfig]:
+    """
+    The settings of a command from its flags and, with `--config`, a file; flags win.
+
+    Raises:
+        SystemExit: If a key or flag is unknown or a value is impossible, after a message that names it.
+    """
+    prog = f"trl-epo {command}"
+    parser = TrlParser(
+        (ScriptArguments, EPOConfig, ModelConfig),
+        prog=prog,
+        usage=f"{prog} [--config FILE] [--FLAG VALUE ...]",
+        allow_abbrev=False,
+    )
+    try:
+        script, args, model_args, unknown = parser.parse_args_and_config(arguments, return_remaining_strings=True)
+        if unknown:
+            raise ValueError(f"There is no setting of the name {unknown[0].removeprefix('--')!r} (see {prog} --help).")
+        if model_args.model_name_or_path is None:
+            raise ValueError("`model_name_or_path` is not set: give a model's folder, or its name on the Hub.")
+        return script, args, model_args
+    except (ValueError, TypeError, OSError) as error:
+        parser.error(str(error))
+
+
+def make_trainer(
+    script: ScriptArguments, args: EPOConfig, model_args: ModelConfig, train_dataset: Dataset | None, **kwargs
+) -> EPOTrainer:
+    """The trainer; a folder with an adapter is loaded as its model with that adapter."""
+    args.model_init_kwargs = {
+        "revision": model_args.model_revision,
+        "attn_implementation": model_args.attn_implementation,
+        "dtype": model_args.dtype,
+        **(args.model_init_kwargs or {}),
+    }
+    model = model_args.model_name_or_path
+    if Path(model, "adapter_config.json").exists():
+        model = AutoPeftModelForCausalLM.from_pretrained(model, is_trainable=True, **args.model_init_kwargs)
+        args.model_init_kwargs = None
+        kwargs["peft_config"] = None
+    return EPOTrainer(
+        model,
+        args=args,
+        train_dataset=train_dataset,
+        quantization_config=get_quantization_config(model_args) if isinstance(model, str) else None,
+        environment_factory=script.environment_factory(),
+        **kwargs,
+    )
+
+
+def train(script: ScriptArguments, args: EPOConfig, model_args: ModelConfig) -> None:
+    """Train, and leave the model, its card and the log in `output_dir`."""
+    trainer = make_trainer(
+        script,
+        args,
+        model_args,
+        train_dataset=None if script.tasks is None else script.rows(script.train_split, script.train_size),
+        eval_dataset=None if args.eval_strategy == "no" else script.panels(),
+        peft_config=get_peft_config(model_args),
+    )
+    checkpoint = args.resume_from_checkpoint
+    if checkpoint is None and script.resume and os.path.isdir(args.output_dir):
+        checkpoint = get_last_checkpoint(args.output_dir)
+    trainer.train(resume_from_checkpoint=checkpoint)
+    trainer.save_model()
+    trainer.save_state()
+    trainer.create_model_card(model_name=Path(args.output_dir).name)
+    trainer.accelerator.end_training()
+
+
+def evaluate(script: ScriptArguments, args: EPOConfig, model_args: ModelConfig) -> None:
+    """Play the panels, print a table of them and write it as JSON."""
+    panels = script.panels()
+    args.beta = 0.0  # no reference model
+    trainer = make_trainer(script, args, model_args, train_dataset=next(iter(panels.values())), eval_dataset=panels)
+    metrics = trainer.evaluate()
+    if trainer.is_world_process_zero():
+        results = {
+            "model": model_args.model_name_or_path,
+            "environment": script.environment,
+            "temperature": args.temperature if args.eval_temperature is None else args.eval_temperature,
+            "episodes_per_row": trainer.num_generations_eval,
+            "seed": args.seed,
+            "panels": {name: panel_results(metrics, name) for name in panels},
+        }
+        path = Path(script.results or Path(args.output_dir, "evaluation.json"))
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(results, indent=2) + "\n")
+        print(table(results["panels"]))
+        print(f"\nAll figures: {path}")
+    trainer.accelerator.end_training()
+
+
+def panel_results(metrics: dict[str, float], panel: str) -> dict[str, float]:
+    """The episode metrics of a panel out of all of an evaluation's, under their short names."""
+    prefix = f"eval_{panel}_episode/"
+    return {name.removeprefix(prefix): value for name, value in metrics.items() if name.startswith(prefix)}
+
+
+def table(panels: dict[str, dict[str, float]]) -> str:
+    """
+    A table of results by panel, and by task within it.
+
+    >>> print(table({"iid": {"count": 8, "success_rate": 0.5, "success_low": 0.21, "success_high": 0.785,
+    ...     "return": 0.5, "turns": 7.25, "success_rate/heat": 1.0}}))
+    panel     episodes  success         95 %  return  turns
+    iid              8    50.0%   21.0-78.5%    0.50    7.2
+      heat               100.0%
+    """
+    width = max(
+        [8, *(2 + len(name.split("/")[-1]) for results in panels.values() for name in results if "rate/" in name)]
+    )
+    passes = sorted({name for results in panels.values() for name in results if name.startswith("pass@")}, key=_k)
+    header = f"{'panel':<{width}}  episodes  success         95 %  return  turns"
+    lines = [header + "".join(f"  {name:>8}" for name in passes)]
+    for panel, results in panels.items():
+        interval = (
+            f"{100 * results['success_low']:.1f}-{results['success_high']:.1%}" if "success_low" in results else "-"
+        )
+        lines.append(
+            f"{panel:<{width}}  {results.get('count', 0):>8}  {_percent(results, 'success_rate'):>7}  {interval:>11}"
+            f"  {results.get('return', float('nan')):>6.2f}  {results.get('turns', float('nan')):>5.1f}"
+            + "".join(f"  {_percent(results, name):>8}" for name in passes)
+        )
+        for name in results:
+            if name.startswith("success_rate/"):
+                lines.append(f"{'  ' + name.split('/', 1)[1]:<{width}}  {'':>8}  {_percent(results, name):>7}")
+    return "\n".join(lines)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run a command; `arguments` are those of the process by default."""
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    commands = {"train": train, "evaluate": evaluate}
+    if not arguments or arguments[0] not in commands:
+        asked_for_help = arguments[:1] in (["-h"], ["--help"])
+        print(
+            f"{__doc__.strip()}\n\nHelp on a command: trl-epo train --help",
+            file=None if asked_for_help else sys.stderr,
+        )
+        sys.exit(0 if asked_for_help else 2)
+    sys.path.insert(0, os.getcwd())
+    commands[arguments[0]](*parse(arguments[0], arguments[1:]))
+
+
+def _k(name: str) -> int:
+    return int(name.removeprefix("pass@"))
+
+
+def _percent(results: dict[str, float], name: str) -> str:
+    return f"{results[name]:.1%}" if name in results else "-"
+
+
+def _json_object(name: str, value: dict | str | None) -> dict[str, Any]:
+    if isinstance(value, str):
+        try:
+            value = json.loads(value)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"`{name}` is {value!r}, which is not JSON: {error}") from error
+    if value is not None and not isinstance(value, dict):
+        raise ValueError(f'`{name}` is {value!r}, but must be a mapping, e.g. {{"rooms": 2}}.')
+    return value or {}
+
+
+def _imported(what: str, path: str) -> Any:
+    """The attribute that "module:attribute" names."""
+    module, _, attribute = path.partition(":")
+    try:
+        return getattr(import_module(module), attribute)
+    except (ImportError, AttributeError) as error:
+        raise ValueError(f"`{what}` is {path!r}, but there is no such thing: {error}") from error
