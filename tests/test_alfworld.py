@@ -249,13 +249,22 @@ def test_success_on_the_last_turn_is_no_truncation(rows):
 
 @needs_alfworld
 def test_same_game_same_episode(rows):
-    actions = ["look", "inventory", "nonsense", *expert_actions(rows[2]["game"])]
-    first, second = LocalAlfWorld(rows[2]["game"]), LocalAlfWorld()
+    actions = ["look", "inventory", "nonsense", *expert_actions(rows[0]["game"])]
+    first, second = LocalAlfWorld(rows[0]["game"]), LocalAlfWorld()
     runs = [[first.reset(seed=1), *play(first, actions)]]
-    second.reset(options=rows[3])  # another game before
-    runs.append([second.reset(seed=2, options=rows[2]), *play(second, actions)])
-    runs.append([second.reset(seed=3, options=rows[2]), *play(second, actions)])
+    second.reset(options=rows[1])  # another game before
+    runs.append([second.reset(seed=2, options=rows[0]), *play(second, actions)])
+    runs.append([second.reset(seed=3, options=rows[0]), *play(second, actions)])
     assert runs[0] == runs[1] == runs[2]
+
+
+@needs_alfworld
+def test_plays_as_in_one_process(env, rows):
+    here = LocalAlfWorld()
+    for row in (rows[0], rows[0], rows[1], rows[0]):  # the same game again, from its beginning
+        assert env.reset(options=row) == here.reset(options=row)
+        for action in ("look", *expert_actions(row["game"])):
+            assert env.step(action) == here.step(action)
 
 
 @needs_alfworld
@@ -291,3 +300,13 @@ def test_a_killed_process_costs_its_episode(env, rows):
     other.close()
     env.reset(options=rows[0])
     assert play(env, expert_actions(rows[0]["game"]))[-1][4]["success"]
+
+
+@needs_alfworld
+def test_benchmark():
+    script = Path(__file__).parents[1] / "examples" / "benchmarks" / "alfworld_speed.py"
+    command = [sys.executable, str(script), "--generate", "3", "--environments", "2"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("3 games, 2 environments; solved: 3\n")
+    assert len(done.stdout.splitlines()) == 5

@@ -9,14 +9,14 @@ own, `trl_epo.envs.alfworld_games` makes small ones.
     > take mug 1 from countertop 1
     You pick up the mug 1 from the countertop 1.
 
-TextWorld's parser keeps state of its process and is not safe with threads, so that each `AlfWorld` has a process of its
-own.
+TextWorld's parser keeps state of its process and is not safe with threads, and its translator of PDDL takes standard
+output and `sys.argv` for itself, so that each `AlfWorld` has a process of its own.
 """
 
 import json
 import os
 from collections.abc import Sequence
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -125,7 +125,8 @@ def _read(game: Path) -> dict[str, Any]:
 
 class LocalAlfWorld(TextEnv):
     """
-    An ALFWorld game in this process, for one thread at a time. To train, use `AlfWorld`, which takes the same arguments.
+    An ALFWorld game in this process, for one thread at a time; loading it changes `sys.argv`. To train, use `AlfWorld`,
+    which takes the same arguments.
     """
 
     def __init__(self, game: str | os.PathLike | None = None, turns: int | None = 50):
@@ -200,9 +201,21 @@ def _new_world() -> Any:
         raise missing(error.name or "fast_downward") from error
 
 
+def _start_process(game: str | os.PathLike | None, turns: int | None) -> LocalAlfWorld:
+    """Makes the environment of an `AlfWorld`, in its process."""
+    try:
+        import fast_downward
+    except ImportError as error:
+        raise missing(error.name) from error
+    # TextWorld has a game's two forms (one for its planner) translated at load and again at each reset: most of the time
+    # of a reset. Here, where nothing else runs, they are kept.
+    fast_downward.pddl2sas = lru_cache(maxsize=2)(fast_downward.pddl2sas)
+    return LocalAlfWorld(game, turns)
+
+
 class AlfWorld(ProcessEnv):
     """
-    An ALFWorld game in a process of its own (about 120 MB), which starts with the first reset and ends with `close`.
+    An ALFWorld game in a process of its own (110 to 170 MB), which starts with the first reset and ends with `close`.
 
     ```python
     trainer = EPOTrainer(..., train_dataset=tasks("train"), environment_factory=AlfWorld)
@@ -224,4 +237,4 @@ class AlfWorld(ProcessEnv):
 
     def __init__(self, game: str | os.PathLike | None = None, turns: int | None = 50):
         LocalAlfWorld(game, turns)  # complains here, not in the process
-        super().__init__(partial(LocalAlfWorld, game, turns))
+        super().__init__(partial(_start_process, game, turns))
