@@ -10,9 +10,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import MixtralConfig, MixtralForCausalLM
 from trl import GRPOTrainer
+from trl.trainer import utils as trl_utils
 from trl.trainer.utils import add_fused_lm_head
 
-from trl_epo import EPOConfig, EPOTrainer
+from trl_epo import EPOConfig, EPOTrainer, _trl_seams
 from trl_epo.batching import length_groups
 from trl_epo.scoring import score_tokens
 
@@ -228,11 +229,23 @@ class FullTrainer(EPOTrainer):
 
 
 @pytest.mark.parametrize("loss_type", ["dapo", "grpo", "cispo"])
-def test_training_equals_trls_full_scoring(tmp_path, tokenizer, loss_type):
-    """With a reference model, old log-probs of their own, EPO's terms, episodes of very different lengths."""
+def test_training_equals_trls_full_scoring(tmp_path, tokenizer, monkeypatch, loss_type):
+    """With a reference model, old log-probs of their own, EPO's terms, several tiles, episodes of unlike lengths."""
+    monkeypatch.setattr(_trl_seams, "CPU_HEAD_TILE", 64)
+    usual_tile, tiles = trl_utils._CHUNKED_LOGPROB_CHUNK_SIZE, []
+    head = trl_utils._ChunkedLogProbFunction
+
+    class RecordedHead:
+        @staticmethod
+        def apply(*args):
+            tiles[-1].add(args[5])
+            return head.apply(*args)
+
+    monkeypatch.setattr(trl_utils, "_ChunkedLogProbFunction", RecordedHead)
     make_model().save_pretrained(tmp_path / "model")  # the reference model is loaded from where the policy is
     trained = []
     for kind in (FullTrainer, EPOTrainer):
+        tiles.append(set())
         trainer = kind(
             str(tmp_path / "model"),
             args=EPOConfig(
@@ -268,6 +281,8 @@ def test_training_equals_trls_full_scoring(tmp_path, tokenizer, loss_type):
         kl = [entry["kl"] for entry in trainer.state.log_history if "kl" in entry]
         moved = max(float((a - b).abs().max()) for a, b in zip(before, trainer.model.parameters(), strict=True))
         trained.append((losses, kl, list(trainer.model.parameters()), moved))
+    assert tiles == [{usual_tile}, {64}]
+    assert usual_tile == trl_utils._CHUNKED_LOGPROB_CHUNK_SIZE
     (full_losses, full_kl, full, moved), (losses, kl, ours, _) = trained
     assert losses == pytest.approx(full_losses, abs=1e-5)
     assert kl == pytest.approx(full_kl, abs=1e-5)

@@ -5,6 +5,7 @@ import inspect
 import pytest
 import trl
 from trl import GRPOTrainer
+from trl.trainer import utils as trl_utils
 
 from trl_epo import EPOTrainer
 from trl_epo._trl_seams import ATTRIBUTES, SIGNATURES, SeamedGRPOTrainer
@@ -25,6 +26,11 @@ def test_signature(name):
 def test_attribute(name):
     source = inspect.getsource(GRPOTrainer)
     assert f"self.{name}" in source, f"GRPOTrainer has no attribute {name!r} any more. {REMEDY}"
+
+
+def test_tile_of_the_fused_head():
+    source = inspect.getsource(trl_utils.add_fused_lm_head)
+    assert "_CHUNKED_LOGPROB_CHUNK_SIZE" in source, f"The fused head's tile has another name. {REMEDY}"
 
 
 def test_every_override_is_listed():

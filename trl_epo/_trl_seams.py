@@ -19,6 +19,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import logging
 from trl import GRPOTrainer
 from trl.models import unwrap_model_for_generation
+from trl.trainer import utils as trl_utils
 from trl.trainer.utils import RepeatSampler, pad
 
 from .generation import (
@@ -103,6 +104,11 @@ ATTRIBUTES = (
     "num_generations_eval",
 )
 
+# Tokens of the vocabulary that TRL's fused head takes at once on a CPU, instead of its `_CHUNKED_LOGPROB_CHUNK_SIZE`. It
+# takes up to 4,096 positions, so an intermediate result has at most 16 MB, which malloc keeps for the next one. Above
+# 32 MB glibc asks the system for new pages each time, which costs as much as the head itself.
+CPU_HEAD_TILE = 1024
+
 
 class ResumableRepeatSampler(RepeatSampler):
     """TRL's sampler, whose order of rows in an epoch does not depend on whether training was resumed before it."""
@@ -127,6 +133,18 @@ def _kept_casts(model: nn.Module) -> Iterator[None]:
     finally:
         for weight in frozen:
             weight.requires_grad_(False)
+
+
+@contextmanager
+def _head_tiles(device: torch.device) -> Iterator[None]:
+    """While this context lasts, the forwards of TRL's fused head, and their backwards, use tiles that fit `device`."""
+    usual = trl_utils._CHUNKED_LOGPROB_CHUNK_SIZE
+    if device.type == "cpu":
+        trl_utils._CHUNKED_LOGPROB_CHUNK_SIZE = CPU_HEAD_TILE
+    try:
+        yield
+    finally:
+        trl_utils._CHUNKED_LOGPROB_CHUNK_SIZE = usual
 
 
 class SeamedGRPOTrainer(GRPOTrainer):
@@ -389,7 +407,7 @@ class SeamedGRPOTrainer(GRPOTrainer):
                 **multimodal,
             )
         else:
-            with self.accelerator.autocast():
+            with self.accelerator.autocast(), _head_tiles(input_ids.device):
                 scores = score_tokens(
                     model,
                     self._causal_lm(model).base_model,
