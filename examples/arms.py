@@ -55,7 +55,7 @@ class ArmsArguments:
     arms: list[str] = field(default_factory=lambda: ["grpo", "epo"], metadata={"help": "Names; see ARMS."})
     seeds: list[int] = field(default_factory=lambda: [0, 1, 2], metadata={"help": "Of the warm-up and the training."})
     contexts: list[str] = field(default_factory=lambda: ["transcript"], metadata={"help": "'transcript', 'window'."})
-    warm_up_episodes: int = field(default=2500, metadata={"help": "Expert episodes to imitate, each once."})
+    warm_up_episodes: int = field(default=7000, metadata={"help": "Expert episodes to imitate, each once."})
     panel_size: int = field(default=100, metadata={"help": "Rows of each held-out panel."})
     summary: bool = field(default=False, metadata={"help": "Only print what results.jsonl holds."})
 

@@ -215,7 +215,7 @@ def train(script: ScriptArguments, args: EPOConfig, model_args: ModelConfig) -> 
 def evaluate(script: ScriptArguments, args: EPOConfig, model_args: ModelConfig) -> None:
     """Play the panels, print a table of them and write it as JSON."""
     panels = script.panels()
-    args.beta = 0.0  # no reference model
+    args.beta, args.advantage_estimator = 0.0, "grpo"  # neither a reference model nor a critic
     trainer = make_trainer(script, args, model_args, train_dataset=next(iter(panels.values())), eval_dataset=panels)
     metrics = trainer.evaluate()
     if trainer.is_world_process_zero():

@@ -14,7 +14,7 @@ from transformers import AutoModelForTokenClassification, PreTrainedModel
 from trl.trainer.utils import disable_dropout_in_model
 
 from .batching import action_mask
-from .scoring import Run, equal_number_of_forwards, in_forwards, keep_only, lay_out_contexts
+from .scoring import REPLICATED, Run, equal_number_of_forwards, in_forwards, keep_only, lay_out_contexts
 
 
 def make_critic(policy: PreTrainedModel | PeftModel, critic_model: str | None) -> PreTrainedModel | PeftModel:
@@ -80,7 +80,7 @@ class Critic:
         gradient_checkpointing_kwargs (`dict`, *optional*): `None`: the activations of a forward are kept.
 
     Raises:
-        ValueError: With DeepSpeed, whose engine holds one model only.
+        ValueError: With sharded weights (FSDP, DeepSpeed): their checkpoints know one model for an optimizer.
     """
 
     def __init__(
@@ -90,10 +90,11 @@ class Critic:
         max_rows: int,
         gradient_checkpointing_kwargs: dict | None = None,
     ):
-        if accelerator.distributed_type == DistributedType.DEEPSPEED:
+        if accelerator.distributed_type not in (DistributedType.NO, *REPLICATED):
             raise ValueError(
-                "`advantage_estimator='gae'` cannot be used with DeepSpeed, whose engine holds one model: its critic "
-                "is a second one. Use DDP or FSDP."
+                "`advantage_estimator='gae'` cannot be used with sharded weights "
+                f"({accelerator.distributed_type.value}): the critic is a second model in the policy's optimizer. Use "
+                "DDP, with LoRA for models that do not fit otherwise."
             )
         if gradient_checkpointing_kwargs is not None:
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs)
