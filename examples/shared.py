@@ -9,22 +9,25 @@ import resource
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
 
 import gymnasium
 import torch
 from datasets import Dataset
+from peft import LoraConfig
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
     PreTrainedModel,
     PreTrainedTokenizerBase,
     ProgressCallback,
+    set_seed,
 )
 from trl import SFTConfig, SFTTrainer
 
-from trl_epo import EPOTrainer
+from trl_epo import EPOConfig, EPOTrainer
 from trl_epo.chat import ChatEncoder
 from trl_epo.envs import TextEnv
 from trl_epo.plots import plot_training
@@ -34,8 +37,8 @@ from trl_epo.plots import plot_training
 sys.path[:] = [path for path in sys.path if Path(path).resolve() != Path(__file__).resolve().parent]
 
 Chat = list[dict[str, str]]
-# Given an environment that was just reset: a function that says the next action.
-Expert = Callable[[TextEnv], Callable[[], str]]
+# Given an environment that was just reset, and its info: a function that says the next action.
+Expert = Callable[[TextEnv, dict], Callable[[], str]]
 
 
 def load_smollm2() -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
@@ -54,6 +57,64 @@ def load_smollm2() -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     return model, AutoTokenizer.from_pretrained(folder, gguf_file=file, padding_side="left")
 
 
+@dataclass
+class PretrainedArguments:
+    model: str | None = field(default=None, metadata={"help": "A model on disk or the Hub; default: SmolLM2-135M."})
+    warm_up_epochs: float = field(default=2.0, metadata={"help": "Passes over the expert's episodes."})
+    warm_up_learning_rate: float = field(default=1e-3, metadata={"help": "Learning rate of the imitation."})
+    lora_r: int = field(default=16, metadata={"help": "Rank of the LoRA matrices."})
+
+
+def train_pretrained(
+    script: PretrainedArguments,
+    args: EPOConfig,
+    factory: Callable[[], TextEnv],
+    expert: Expert,
+    train_rows: Dataset,
+    panels: dict[str, Dataset],
+    name: str,
+) -> None:
+    """A pretrained model with LoRA: imitation of the expert on the rows to train on, then EPO, between two panels."""
+    set_seed(args.seed)
+    start = time.perf_counter()
+    if script.model is None:
+        model, tokenizer = load_smollm2()
+    else:
+        model = AutoModelForCausalLM.from_pretrained(script.model)
+        tokenizer = AutoTokenizer.from_pretrained(script.model, padding_side="left")
+    env = factory()
+    chats = expert_chats(env, train_rows, expert)
+    env.close()
+    print(f"Warm-up on {len(chats)} expert episodes of {name}, {script.warm_up_epochs} times …", flush=True)
+    model = warm_up(
+        model,
+        tokenizer,
+        chats,
+        learn_observations=False,
+        peft_config=LoraConfig(r=script.lora_r, lora_alpha=2 * script.lora_r, target_modules=["q_proj", "v_proj"]),
+        output_dir=f"{args.output_dir}/warm_up",
+        num_train_epochs=script.warm_up_epochs,
+        per_device_train_batch_size=4,
+        learning_rate=script.warm_up_learning_rate,
+        lr_scheduler_type="cosine",
+        max_length=2048,
+        logging_steps=10,
+        use_cpu=args.use_cpu,
+        gradient_checkpointing=args.gradient_checkpointing,
+        seed=args.seed,
+        disable_tqdm=args.disable_tqdm,
+    )
+    trainer = EPOTrainer(
+        model,
+        args=args,
+        train_dataset=train_rows,
+        eval_dataset=panels,
+        processing_class=tokenizer,
+        environment_factory=factory,
+    )
+    train_between_panels(trainer, name, start)
+
+
 class TaskReminder(gymnasium.Wrapper):
     """Ends every observation with the task, the first sentence of the first one; the paper's prompts repeat it too."""
 
@@ -67,12 +128,12 @@ class TaskReminder(gymnasium.Wrapper):
         return f"{observation} {self.task}.", *rest
 
 
-def household_expert(env: TextEnv) -> Callable[[], str]:
+def household_expert(env: TextEnv, info: dict) -> Callable[[], str]:
     """Plans anew before each action, from whatever state the environment is in."""
     return env.unwrapped.expert_action
 
 
-def scienceworld_expert(env: TextEnv) -> Callable[[], str]:
+def scienceworld_expert(env: TextEnv, info: dict) -> Callable[[], str]:
     """
     Plays ScienceWorld's own gold actions, and looks around before it focuses on something: the gold actions name things
     that no observation has shown, which a policy could only guess.
@@ -98,7 +159,7 @@ def expert_chats(
     for row in rows:
         row = dict(row)
         observation, info = env.reset(seed=row.pop("seed", seed), options=row)
-        next_action = expert(env)
+        next_action = expert(env, info)
         chat: Chat = []
         ended = False
         while not ended:
@@ -195,14 +256,12 @@ def train_between_panels(trainer: EPOTrainer, environment: str, start: float) ->
     trainer.create_model_card(model_name=output_dir.name)
     trainer.save_state()
     plot_training(trainer.state.log_history, output_dir / "training.png")
+    suffixes = {name: "" if name == "iid" else f"_{name}" for name in panels}
     summary = {
         "environment": environment,
-        "success_before": before["iid"],
-        "success_after": after["iid"],
-        "success_before_ood": before["ood"],
-        "success_after_ood": after["ood"],
-        "panel_size": len(panels["iid"]),
-        "panel_size_ood": len(panels["ood"]),
+        **{f"success_before{suffixes[name]}": before[name] for name in panels},
+        **{f"success_after{suffixes[name]}": after[name] for name in panels},
+        **{f"panel_size{suffixes[name]}": len(rows) for name, rows in panels.items()},
         "train_minutes": round(train_minutes, 2),
         "peak_memory_gb": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, 2),
         "seed": trainer.args.seed,
