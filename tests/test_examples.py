@@ -106,3 +106,31 @@ def test_benchmark_of_the_training_step(tmp_path):
     assert (equal["lengths"], ragged["lengths"]) == ("equal", "ragged")
     assert min(equal["ours_cpu_s"], equal["trl_cpu_s"], ragged["ours_cpu_s"], ragged["trl_cpu_s"]) > 0
     assert "epo_term_cpu_s" in equal
+
+
+def test_benchmark_of_contexts(tmp_path):
+    results = tmp_path / "results.json"
+    flags = ["--model", "tiny", "--turns", "6", "9", "--episodes", "2", "--json", str(results)]
+    call("benchmarks/contexts.py", *flags)
+    rows = json.loads(results.read_text())["rows"]
+    assert [(row["turns"], row["context"], row["contexts"]) for row in rows] == [
+        (6, "transcript", 1), (6, "window", 6), (9, "transcript", 1), (9, "window", 9)
+    ]  # fmt: skip
+    for transcript, window in (rows[:2], rows[2:]):
+        assert transcript["read"] == transcript["trained"] < transcript["read_without_cache"]
+        assert transcript["read"] < window["read"] < window["read_without_cache"] == window["trained"]
+
+
+def test_arms(tmp_path):
+    flags = ["--arms", "grpo", "ppo+epo", "--seeds", "0", "--contexts", "transcript", "window", "--max_steps", "2"]
+    flags += ["--warm_up_episodes", "8", "--panel_size", "4"]
+    stdout = call("arms.py", *flags, "--output_dir", str(tmp_path))
+    rows = [json.loads(line) for line in (tmp_path / "results.jsonl").read_text().splitlines()]
+    assert [(row["context"], row["arm"]) for row in rows] == [
+        ("transcript", "grpo"), ("transcript", "ppo+epo"), ("window", "grpo"), ("window", "ppo+epo")
+    ]  # fmt: skip
+    assert all(0 <= row["iid_after"] <= 1 for row in rows)
+    assert stdout.count("| window | 0.0005 |") == 2
+    again = call("arms.py", *flags, "--output_dir", str(tmp_path))  # nothing is left to run
+    assert len((tmp_path / "results.jsonl").read_text().splitlines()) == 4
+    assert "train_runtime" not in again

@@ -29,7 +29,7 @@ class TextEnv(gymnasium.Env[str, str]):
     - `"invalid_action"` (`bool`): the environment did not understand this action.
     - `"task"` (`str`): the kind of task, for success rates per task.
 
-    By convention `"admissible_actions"` (`list[str]`) holds what may be done now; the trainer does not read it.
+    By convention `"admissible_actions"` (`list[str]`) holds what may be done now; only the default prompt of a window shows it.
     """
 
     observation_space = Text(max_length=MAX_OBSERVATION_LENGTH, min_length=0, charset=string.printable)
