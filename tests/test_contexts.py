@@ -197,6 +197,18 @@ class TestOverflow:
         nothing, seen = shown(10)
         assert nothing is None and seen == [3, 2, 1, 0]
 
+    def test_a_chain_without_room_begins_anew(self, tokenizer):
+        chat = ChatEncoder(tokenizer, [tokenizer.eos_token_id])
+        rules = ContextRules(chat, max_length=30, max_turn_length=5, window=True, prompt_builder=growing_chat)
+        first, turn = rules.first([], "go", {})
+        context = [*turn.new_ids, *tokenizer.encode("right"), tokenizer.eos_token_id]
+        past = [PastTurn("go", "right", "right")]
+        chained = rules.next(context, len(turn.new_ids), view(1, observation="x"), past)
+        assert not chained.starts_context
+        long = rules.next(context, len(turn.new_ids), view(1, observation="x" * 60), past)
+        assert long.starts_context and long.room == 30
+        assert first == [{"role": "user", "content": "go"}]
+
     def test_a_first_prompt_without_room_is_a_failure(self, model, tokenizer):
         [episode], _ = play(model, tokenizer, num=1, context_length=40, window=True)
         assert episode.stop_reason is StopReason.FAILURE

@@ -2,10 +2,12 @@
 
 import json
 import math
+import threading
 
 import pytest
 import torch
 from conftest import Corridor
+from datasets import Dataset
 from peft import LoraConfig
 from test_text_episodes import make_trainer, weights
 from transformers import AutoModelForTokenClassification, BloomConfig, BloomForCausalLM
@@ -141,6 +143,62 @@ def test_advantages_are_those_of_the_turns(tmp_path, tokenizer, estimator):
     assert not batch["advantages"][batch["turn_ids"] < 0].any() or estimator == "gigpo"
 
 
+class Breaks(Corridor):
+    """Earns 1 each turn; one environment of a group breaks in its third."""
+
+    lock = threading.Lock()
+    num_broken = {}  # by first row's length
+
+    def reset(self, *, seed=None, options=None):
+        self.length, self.num_steps = options["length"], 0
+        return "Look!", {}
+
+    def step(self, action):
+        self.num_steps += 1
+        if self.num_steps == 3:
+            with Breaks.lock:
+                if self.length not in Breaks.num_broken:
+                    Breaks.num_broken[self.length] = 1
+                    raise OSError("broken")
+        return f"Turn {self.num_steps}.", 1.0, False, False, {}
+
+
+@pytest.mark.parametrize("estimator", ["turn", "gigpo"])
+def test_failed_episodes_are_no_baseline(tmp_path, tokenizer, estimator):
+    Breaks.num_broken.clear()
+    trainer = make_trainer(
+        tmp_path, tokenizer, factory=Breaks, advantage_estimator=estimator, max_steps=1, scale_rewards="none"
+    )
+    batches = recorded(trainer)
+    trainer.train()
+    [batch] = batches
+    expected = [1.5, 0.5, -0.5, -1.5] if estimator == "turn" else [0.0] * 4
+    assert sum(episode.failed for episode in trainer._episodes) == 2  # one of each group
+    for i, episode in enumerate(trainer._episodes):
+        if not episode.failed:
+            found = [batch["advantages"][i][batch["turn_ids"][i] == turn][0].item() for turn in range(4)]
+            assert found == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("estimator", ["grpo", "turn", "gigpo"])
+@pytest.mark.parametrize("scale", ["group", "batch"])
+def test_scaled_advantages_do_not_know_the_unit_of_rewards(tmp_path, tokenizer, estimator, scale):
+    class Hundredfold(Steps):
+        def step(self, action):
+            observation, reward, *rest = super().step(action)
+            return observation, 100 * reward, *rest
+
+    largest = []
+    for factory in (Steps, Hundredfold):
+        trainer = make_trainer(
+            tmp_path, tokenizer, factory=factory, advantage_estimator=estimator, scale_rewards=scale, max_steps=1
+        )
+        batches = recorded(trainer)
+        trainer.train()
+        largest.append(batches[0]["advantages"].abs().max().item())
+    assert largest[0] == pytest.approx(largest[1], rel=0.01)
+
+
 class TestFilter:
     def test_masked_groups_do_not_train(self, tmp_path, tokenizer):
         trainer = make_trainer(
@@ -231,8 +289,9 @@ class TestCritic:
 
     def test_warm_up_leaves_the_policy_alone(self, tmp_path, tokenizer):
         trainer = make_trainer(
-            tmp_path, tokenizer, factory=Steps, advantage_estimator="gae", critic_warmup_steps=2, max_steps=2
-        )
+            tmp_path, tokenizer, factory=Steps, advantage_estimator="gae", critic_warmup_steps=2, max_steps=2,
+            weight_decay=0.1,
+        )  # fmt: skip
         before, critic = weights(trainer), critic_weights(trainer)
         trainer.train()
         assert torch.equal(weights(trainer), before)
@@ -276,6 +335,59 @@ class TestCritic:
         assert AutoModelForTokenClassification.from_pretrained(folder).num_labels == 1
         other = make_trainer(tmp_path, tokenizer, critic_model=str(folder), **kwargs)
         assert torch.equal(critic_weights(other), critic_weights(trainer))
+
+    def test_a_saved_adapter_can_be_given(self, tmp_path, tokenizer):
+        peft = {"peft_config": LoraConfig(r=2, target_modules=["q_proj"], lora_dropout=0.5)}
+        kwargs = {"advantage_estimator": "gae", "critic_learning_rate": 1e-2, "factory": Steps, "trainer_kwargs": peft}
+        trainer = make_trainer(tmp_path, tokenizer, save_strategy="steps", save_steps=2, **kwargs)
+        trainer.train()
+        folder = str(tmp_path / "checkpoint-2" / "critic" / "model")
+        other = make_trainer(tmp_path, tokenizer, critic_model=folder, **kwargs)
+        assert torch.equal(critic_weights(other), critic_weights(trainer))
+        assert not any(m.p for m in other._critic.model.modules() if isinstance(m, torch.nn.Dropout))
+        with pytest.raises(ValueError, match="holds an adapter, but the policy has none"):
+            make_trainer(tmp_path, tokenizer, critic_model=folder, **{**kwargs, "trainer_kwargs": {}})
+
+    def test_training_twice_and_a_given_optimizer(self, tmp_path, tokenizer):
+        kwargs = {"advantage_estimator": "gae", "factory": Steps}
+        trainer = make_trainer(tmp_path, tokenizer, **kwargs)
+        trainer.train()
+        before = critic_weights(trainer)
+        trainer.train()
+        assert not torch.equal(critic_weights(trainer), before)
+        optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=0.1)
+        schedule = torch.optim.lr_scheduler.ConstantLR(optimizer)
+        with pytest.raises(ValueError, match=r"Give `\(optimizer, None\)`"):
+            make_trainer(tmp_path, tokenizer, **kwargs, trainer_kwargs={"optimizers": (optimizer, schedule)})
+
+    def test_gradients_of_a_skipped_step_are_forgotten(self, tmp_path, tokenizer):
+        trainer = make_trainer(tmp_path, tokenizer, factory=Steps, advantage_estimator="gae", max_steps=1)
+        weight = value_head(trainer._critic.model).weight
+        weight.grad = torch.full_like(weight, math.inf)
+        trainer.train()
+        assert torch.isfinite(critic_weights(trainer)).all()
+
+    def test_the_best_checkpoints_critic_is_loaded_too(self, tmp_path, tokenizer):
+        steps = {"save_strategy": "steps", "save_steps": 1, "eval_strategy": "steps", "eval_steps": 1}
+        trainer = make_trainer(
+            tmp_path, tokenizer, factory=Steps, advantage_estimator="gae", critic_learning_rate=1e-2, max_steps=3,
+            load_best_model_at_end=True, metric_for_best_model="eval_reward", greater_is_better=False,
+            trainer_kwargs={"eval_dataset": Dataset.from_dict({"length": [2, 3]})}, **steps,
+        )  # fmt: skip
+        seen = {}
+        save = trainer.save_extras
+        trainer.save_extras = lambda folder: seen.update({folder: critic_weights(trainer).clone()}) or save(folder)
+        trainer.train()
+        [best] = [weights for folder, weights in seen.items() if folder == trainer.state.best_model_checkpoint]
+        assert torch.equal(critic_weights(trainer), best)
+        assert len({float(weights.sum()) for weights in seen.values()}) == 3
+
+    def test_a_checkpoint_without_a_critic(self, tmp_path, tokenizer, caplog):
+        kwargs = {"factory": Steps, "save_strategy": "steps", "save_steps": 1, "save_only_model": True, "max_steps": 1}
+        make_trainer(tmp_path, tokenizer, **kwargs).train()
+        kwargs |= {"advantage_estimator": "gae", "max_steps": 2}
+        make_trainer(tmp_path, tokenizer, **kwargs).train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
+        assert "There is no critic in" in caplog.text
 
     def test_gradient_checkpointing_in_bf16(self, tmp_path, tokenizer):
         trainer = make_trainer(

@@ -72,6 +72,7 @@ SIGNATURES = {
     "_get_eval_sampler": ("self", "eval_dataset"),
     "prediction_step": ("self", "model", "inputs", "prediction_loss_only", "ignore_keys"),
     "_save_checkpoint": ("self", "model", "trial"),
+    "_load_best_model": ("self",),
     "_load_optimizer_and_scheduler": ("self", "checkpoint"),
     "compute_loss": ("self", "model", "inputs", "return_outputs", "num_items_in_batch"),
     "log": ("self", "logs", "start_time"),
@@ -184,6 +185,9 @@ class SeamedGRPOTrainer(GRPOTrainer):
 
     def load_extras(self, checkpoint: str) -> None:
         """Called with the folder of the checkpoint that training resumes from, on every process."""
+
+    def load_best_extras(self, checkpoint: str) -> None:
+        """Called with the folder of the best checkpoint, when the model was loaded from it at the end of training."""
 
     # What a subclass may use
 
@@ -499,6 +503,10 @@ class SeamedGRPOTrainer(GRPOTrainer):
         if self.args.should_save:
             folder = f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
             self.save_extras(os.path.join(self._get_output_dir(trial=trial), folder))
+
+    def _load_best_model(self):
+        super()._load_best_model()
+        self.load_best_extras(self.state.best_model_checkpoint)
 
     def _load_optimizer_and_scheduler(self, checkpoint):
         super()._load_optimizer_and_scheduler(checkpoint)

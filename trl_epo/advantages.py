@@ -57,9 +57,17 @@ def discounted_returns(rewards: Sequence[float], gamma: float) -> list[float]:
     return returns[::-1]
 
 
+def deviation(values: Sequence[float]) -> float:
+    """The standard deviation of a sample (with N − 1); 0 for fewer than two values."""
+    if len(values) < 2:
+        return 0.0
+    mean = math.fsum(values) / len(values)
+    return math.sqrt(math.fsum((value - mean) ** 2 for value in values) / (len(values) - 1))
+
+
 def standardized(values: Sequence[float], scale: float | None = None) -> list[float]:
     """
-    Values less their mean, over their standard deviation (of a sample, with N − 1).
+    Values less their mean, over their standard deviation.
 
     Args:
         values (`Sequence[float]`): At least one.
@@ -69,9 +77,7 @@ def standardized(values: Sequence[float], scale: float | None = None) -> list[fl
         `list[float]`: Zeros if all values are equal.
     """
     mean = math.fsum(values) / len(values)
-    if scale is None:
-        squares = math.fsum((value - mean) ** 2 for value in values)
-        scale = math.sqrt(squares / max(len(values) - 1, 1)) + STD_OFFSET
+    scale = deviation(values) + STD_OFFSET if scale is None else scale
     return [(value - mean) / scale for value in values]
 
 
@@ -176,15 +182,19 @@ def gae(rewards: Tensor, values: Tensor, mask: Tensor, gamma: float, lambda_: fl
         `tuple[Tensor, Tensor]`: Advantages and returns (advantage + value), (B, T) each; 0 where `mask` is.
     """
     action = mask.bool()
-    advantages = torch.zeros_like(values)
+    # The action tokens of each row side by side, at its beginning
+    order = (~action).to(torch.uint8).argsort(dim=1, stable=True)[:, : int(action.sum(dim=1).max())]
+    here, rewards, values = action.gather(1, order), rewards.gather(1, order), values.gather(1, order)
+    packed = torch.zeros_like(values)
     advantage = next_value = values.new_zeros(len(values))
     for token in reversed(range(values.size(1))):
-        here = action[:, token]
         delta = rewards[:, token] + gamma * next_value - values[:, token]
-        advantage = torch.where(here, delta + gamma * lambda_ * advantage, advantage)
-        next_value = torch.where(here, values[:, token], next_value)
-        advantages[:, token] = torch.where(here, advantage, 0.0)
-    return advantages, torch.where(action, advantages + values, 0.0)
+        advantage = torch.where(here[:, token], delta + gamma * lambda_ * advantage, 0.0)
+        next_value = torch.where(here[:, token], values[:, token], 0.0)
+        packed[:, token] = advantage
+    returns = torch.where(here, packed + values, 0.0)
+    empty = torch.zeros(action.shape, dtype=values.dtype, device=values.device)
+    return empty.scatter(1, order, packed), empty.scatter(1, order, returns)
 
 
 def value_loss(values: Tensor, old_values: Tensor, returns: Tensor, clip_range: float) -> Tensor:

@@ -82,8 +82,9 @@ class EPOConfig(GRPOConfig):
         max_turn_length (`int`, *optional*, defaults to `512`):
             Longest action text of one turn, in new tokens. A turn that is cut there still acts.
         max_completion_length (`int`, *optional*):
-            Longest episode after its first prompt, in tokens, observations included. `None`: the rest of the model's
-            context window for text episodes, and TRL's 512 without a text environment.
+            Longest episode after its first prompt, in tokens, observations included; with `context="window"` the longest
+            context. `None`: the rest of the model's context length for text episodes, and TRL's 512 without a text
+            environment.
         max_concurrent_episodes (`int`, *optional*):
             Text episodes that a process plays at once; the others of a generation batch follow as these end. Bounds
             the number of environments and the key/value cache, which holds this many episodes of the longest length
@@ -122,15 +123,15 @@ class EPOConfig(GRPOConfig):
             weights at the start, with a new value head that says 0; for a policy with adapters, with adapters of the
             same kind.
         critic_learning_rate (`float`, *optional*, defaults to `1e-5`):
-            Learning rate of the critic; follows the policy's schedule.
+            Learning rate of the critic; follows the policy's schedule. Its weights do not decay.
         critic_warmup_steps (`int`, *optional*, defaults to `0`):
             RL steps at the beginning in which only the critic learns.
         critic_clip_range (`float`, *optional*, defaults to `0.2`):
             How far a value may move from the one at the rollout before its loss no longer falls, in units of reward;
             `float("inf")` for no clipping.
         filter_zero_variance_groups (`str`, *optional*):
-            What to do with groups whose episodes all have the same return, which teach a group-relative estimator
-            nothing. `None`: they stay (and bear the entropy term and the KL penalty). `"mask"`: they are left out of
+            What to do with groups whose episodes all have the same reward, which teach nothing by comparison of episodes.
+            `None`: they stay (and bear the entropy term and the KL penalty). `"mask"`: they are left out of
             the loss. `"resample"`: they are played again, up to three times, with new seeds where the dataset gives
             none, and then left out.
         eval_temperature (`float`, *optional*):

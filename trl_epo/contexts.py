@@ -190,23 +190,26 @@ class ContextRules:
         Returns:
             [`NextTurn`], or `None` if there is no room for another action.
         """
+        whole_turn = min(self.max_turn_length, self.max_length)
         if not self.window:
             new_ids = self.chat.encode_observation(turn.observation, last_action_token=context[-1])
             room = self._room(len(context) + len(new_ids), prompt_length)
-            if room >= (self.max_turn_length if self.overflow_to_window else 1):
+            if room >= (whole_turn if self.overflow_to_window else 1):
                 return NextTurn(new_ids, False, room)
             if not self.overflow_to_window:
                 return None
+        roomiest = None
         for num_turns in range(min(self.context_turns, len(past)), -1, -1):
-            history = tuple(past[len(past) - num_turns :])
-            ids = self.chat.encode_prompt(self._build(replace(turn, history=history)))
+            ids = self.chat.encode_prompt(self._build(replace(turn, history=tuple(past[len(past) - num_turns :]))))
+            choices = [NextTurn(ids, True, self._room(len(ids), len(ids)))]
             if len(ids) > len(context) and ids[: len(context)] == context:
-                following = NextTurn(ids[len(context) :], False, self._room(len(ids), prompt_length))
-            else:
-                following = NextTurn(ids, True, self._room(len(ids), len(ids)))
-            if following.room >= min(self.max_turn_length, self.max_length):
-                return following
-        return following if following.room >= 1 else None
+                choices.insert(0, NextTurn(ids[len(context) :], False, self._room(len(ids), prompt_length)))
+            for choice in choices:
+                if choice.room >= whole_turn:
+                    return choice
+                if choice.room >= (1 if roomiest is None else roomiest.room + 1):
+                    roomiest = choice
+        return roomiest
 
     def _build(self, turn: TurnView) -> list[dict[str, Any]]:
         built = self.prompt_builder(turn)

@@ -9,7 +9,9 @@ from accelerate.utils import gather_object
 from torch import Tensor
 
 from .advantages import (
+    STD_OFFSET,
     anchored_advantages,
+    deviation,
     discounted_returns,
     flat_groups,
     gae,
@@ -68,17 +70,18 @@ class CreditAssigner:
             return {}
         own = self._own(len(episodes))
         earned = [
-            turn_rewards(self.own_rewards(episode), 0.0 if episode.failed else total)
+            [] if episode.failed else turn_rewards(self.own_rewards(episode), total)
             for episode, total in zip(episodes, rewards[own].tolist(), strict=True)
         ]
         if args.advantage_estimator == "gae":
             return self._estimate_with_critic(batch, rewards_at_turn_ends(earned, batch["turn_ids"]))
         returns = gather_object([discounted_returns(rewards, args.gamma) for rewards in earned])
-        scale = None if args.scale_rewards == "group" else 1.0
+        every_return = [value for episode in returns for value in episode]
+        scale = {"group": None, "batch": deviation(every_return) + STD_OFFSET, "none": 1.0}[args.scale_rewards]
         if args.advantage_estimator == "turn":
             advantages = turn_advantages(returns, args.num_generations, scale)
         else:
-            anchors = gather_object([episode.observations for episode in episodes])
+            anchors = gather_object([[] if episode.failed else episode.observations for episode in episodes])
             advantages = anchored_advantages(returns, anchors, args.num_generations, scale)
         by_token = spread_over_tokens(advantages[own], batch["turn_ids"])
         if args.advantage_estimator == "gigpo":

@@ -23,7 +23,7 @@ from .chat import ChatEncoder
 from .config import EPOConfig
 from .contexts import ContextRules, PromptBuilder, build_prompt, describe_turn
 from .credit import CreditAssigner
-from .critic import Critic, make_critic
+from .critic import Critic, ForgetGradients, make_critic
 from .entropy_term import EntropyTerm, Moment
 from .environment_pool import make_environment_pool
 from .episode import Episode, StopReason, episode_row
@@ -160,6 +160,11 @@ class EPOTrainer(SeamedGRPOTrainer):
                     f"`generation_kwargs` sets {sorted(clash)}, which a text episode sets for each of its turns. Leave "
                     "them out; `max_turn_length` limits a turn."
                 )
+            if args.advantage_estimator == "gae" and optimizers[1] is not None:
+                raise ValueError(
+                    "`optimizers` brings a scheduler, but with `advantage_estimator='gae'` it must be made after the critic "
+                    "has joined the optimizer. Give `(optimizer, None)`, and set `lr_scheduler_type`."
+                )
             if args.loss_type == "dr_grpo" and args.max_completion_length is None:
                 raise ValueError(
                     "`loss_type='dr_grpo'` divides by `max_completion_length`, which is not set: give the longest "
@@ -266,8 +271,10 @@ class EPOTrainer(SeamedGRPOTrainer):
                 make_critic(self.accelerator.unwrap_model(self.model), self.args.critic_model),
                 self.accelerator,
                 self.args.per_device_train_batch_size,
-                (self.args.gradient_checkpointing_kwargs or {}) if self.args.gradient_checkpointing else None,
+                self.args.gradient_checkpointing,
+                self.args.gradient_checkpointing_kwargs,
             )
+            self.add_callback(ForgetGradients(self._critic))
 
     def prepare_rows(self, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
         if self.mode == "train":
@@ -418,7 +425,8 @@ class EPOTrainer(SeamedGRPOTrainer):
         for name, value in metrics.items():
             self.add_metric(f"epo/{name}", value)
         if self._critic is not None and self.mode == "train":
-            if self.entropy_history.step < self.args.critic_warmup_steps:
+            self._critic.trains_alone = self.entropy_history.step < self.args.critic_warmup_steps
+            if self._critic.trains_alone:
                 loss = 0.0 * loss
             value_loss, metrics = self._credit.critic_loss(inputs, self.current_gradient_accumulation_steps)
             for name, value in metrics.items():
@@ -451,9 +459,12 @@ class EPOTrainer(SeamedGRPOTrainer):
         if self._critic is not None:
             self._critic.save(os.path.join(checkpoint, CRITIC_FOLDER))
 
-    def load_extras(self, checkpoint: str) -> None:
+    def load_best_extras(self, checkpoint: str) -> None:
         if self._critic is not None:
             self._critic.load(os.path.join(checkpoint, CRITIC_FOLDER))
+
+    def load_extras(self, checkpoint: str) -> None:
+        self.load_best_extras(checkpoint)
         path = os.path.join(checkpoint, HISTORY_FILE)
         if not os.path.exists(path):
             logger.warning(
