@@ -9,12 +9,14 @@ import torch
 from conftest import Corridor
 from datasets import Dataset
 from peft import LoraConfig
-from test_text_episodes import make_trainer, weights
+from test_text_episodes import make_trainer as make_any_trainer
+from test_text_episodes import weights
 from transformers import AutoModelForTokenClassification, BloomConfig, BloomForCausalLM
 
 from trl_epo import EPOConfig
 from trl_epo.advantages import gae
 from trl_epo.critic import make_critic, value_head
+from trl_epo.rollout import parse_action
 
 
 ARMS = [(context, estimator) for context in ("transcript", "window") for estimator in ("grpo", "gae", "gigpo", "turn")]
@@ -39,6 +41,11 @@ class Foretold(Corridor):
 
     def step(self, action):
         return "Nothing happens.", float(self.good), False, False, {}
+
+
+def make_trainer(*args, trainer_kwargs=None, **kwargs):
+    """Any text is an action: the tiny model writes no tags."""
+    return make_any_trainer(*args, trainer_kwargs={"action_parser": parse_action, **(trainer_kwargs or {})}, **kwargs)
 
 
 def recorded(trainer):
@@ -407,6 +414,18 @@ class TestCritic:
         policy.config = Unknown(vocab_size=50, hidden_size=8, n_layer=1, n_head=2)
         with pytest.raises(ValueError, match="(?s)unknown-kind.*critic_model"):
             make_critic(policy, None)
+
+
+def test_a_windows_default_prompt_wants_the_tags(tmp_path, tokenizer):
+    def invalid(**trainer_kwargs):
+        trainer = make_any_trainer(
+            tmp_path, tokenizer, context="window", max_steps=1, trainer_kwargs=trainer_kwargs, max_turn_length=9
+        )
+        trainer.train()
+        return {turn.invalid for episode in trainer._episodes for turn in episode.turns}
+
+    assert invalid() == {True}
+    assert False in invalid(prompt_builder=lambda turn: turn.observation)
 
 
 class TestBadInput:

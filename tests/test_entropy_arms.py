@@ -9,6 +9,7 @@ from trl import GRPOTrainer
 from trl_epo import EPOConfig, EPOTrainer
 from trl_epo.entropy_term import action_mask
 from trl_epo.objective import smoothing_penalty, token_mean, turn_mean
+from trl_epo.rollout import parse_action
 
 
 BASE = {
@@ -86,6 +87,7 @@ def make_trainer(tmp_path, tokenizer, **kwargs):
         train_dataset=Dataset.from_dict({"length": [2, 3, 4, 5]}),
         processing_class=tokenizer,
         environment_factory=Walk,
+        action_parser=parse_action,  # also where a window's prompt asks for tags
     )
 
 

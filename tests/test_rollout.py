@@ -16,7 +16,7 @@ from trl_epo.environment_pool import EnvironmentPool
 from trl_epo.envs import TextEnv
 from trl_epo.episode import StopReason, episode_row
 from trl_epo.generation import Sample
-from trl_epo.rollout import EpisodeStart, Limits, parse_action, play_episodes
+from trl_epo.rollout import EpisodeStart, Limits, parse_action, parse_tagged_action, play_episodes
 
 
 class ScriptedSampler:
@@ -94,6 +94,12 @@ class TestParseAction:
     )
     def test_examples(self, text, action):
         assert parse_action(text) == action
+
+    def test_tagged(self):
+        assert parse_tagged_action("<think>hm</think><action> open door </action>") == "open door"
+        assert parse_tagged_action("<action></action>") is None
+        assert parse_tagged_action("open door") is None
+        assert parse_tagged_action("<action>open door") is None
 
     @given(st.text())
     def test_never_raises_and_never_returns_blank(self, text):

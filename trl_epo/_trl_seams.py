@@ -283,9 +283,10 @@ class SeamedGRPOTrainer(GRPOTrainer):
         """Set a metric of the next log entry."""
         self._metrics[self.mode][name] = [value]
 
-    def add_metric(self, name: str, value: float) -> None:
-        """Add a value to a metric that the next log entry averages."""
-        self._metrics[self.mode][name].append(value)
+    def add_metrics(self, metrics: dict[str, float]) -> None:
+        """Add a value to each of these metrics, which the next log entry averages."""
+        for name, value in metrics.items():
+            self._metrics[self.mode][name].append(value)
 
     def label_eval_metrics(self, dataset_name: str) -> None:
         """Name the metrics of an evaluation after its dataset, as Trainer does: TRL gives those of all one name."""

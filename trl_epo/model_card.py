@@ -19,6 +19,8 @@ SETTINGS = (
     ("aggregation", "entropy_aggregation"),
     ("δ", "entropy_turn_decay"),
     ("α of the shaped advantage", "entropy_advantage_coef"),
+    ("context", "context"),
+    ("advantage estimator", "advantage_estimator"),
     ("group size", "num_generations"),
     ("learning rate", "learning_rate"),
     ("seed", "seed"),

@@ -39,6 +39,16 @@ def parse_action(text: str) -> str | None:
     return (tagged[-1] if tagged else text).strip() or None
 
 
+def parse_tagged_action(text: str) -> str | None:
+    """
+    The paper's action parser: what stands inside the last `<action>…</action>`; without the tags there is no action.
+
+    >>> parse_tagged_action("take key") is None
+    True
+    """
+    return parse_action(text) if _ACTION_TAG.search(text) else None
+
+
 @dataclass(frozen=True)
 class EpisodeStart:
     """

@@ -33,7 +33,7 @@ from .history import EntropyHistory
 from .metrics import EpisodeSummary, episode_metrics
 from .model_card import complete_model_card
 from .objective import turn_ids_from_mask
-from .rollout import ActionParser, EpisodeStart, Limits, parse_action, play_episodes
+from .rollout import ActionParser, EpisodeStart, Limits, parse_action, parse_tagged_action, play_episodes
 from .rows import FirstRow, check_first_row, environment_options, placeholder_dataset
 
 
@@ -82,7 +82,8 @@ class EPOTrainer(SeamedGRPOTrainer):
             other is TRL's tool environment. With a dictionary each dataset row names its own in `environment`.
         action_parser (`Callable[[str], str | None]`, *optional*):
             Finds the action in the model's text; `None` is an invalid action. Defaults to
-            [`~trl_epo.rollout.parse_action`].
+            [`~trl_epo.rollout.parse_action`] or, where the default prompt of a window asks for the tags, to
+            [`~trl_epo.rollout.parse_tagged_action`].
         prompt_builder (`Callable[[TurnView], str | list[dict]]`, *optional*):
             Makes a turn's prompt where a window is asked for (`EPOConfig.context`, `context_overflow`), as a user
             message or as all messages. Defaults to [`~trl_epo.contexts.build_prompt`] and, where a transcript
@@ -123,7 +124,7 @@ class EPOTrainer(SeamedGRPOTrainer):
         tools=None,
         rollout_func=None,
         environment_factory: Callable | dict[str, Callable] | None = None,
-        action_parser: ActionParser = parse_action,
+        action_parser: ActionParser | None = None,
         prompt_builder: PromptBuilder | None = None,
     ):
         if args is None:
@@ -131,7 +132,8 @@ class EPOTrainer(SeamedGRPOTrainer):
             args = EPOConfig(f"{name.split('/')[-1]}-EPO")
         if not isinstance(args, EPOConfig):
             raise TypeError(f"`args` is a {type(args).__name__}, but must be an `EPOConfig` (from trl_epo).")
-        self._action_parser = action_parser
+        asks_for_tags = args.context == "window" and prompt_builder is None
+        self._action_parser = action_parser or (parse_tagged_action if asks_for_tags else parse_action)
         self._prompt_builder = prompt_builder or (build_prompt if args.context == "window" else describe_turn)
         self._summaries: dict[str, list[EpisodeSummary]] = {"train": [], "eval": []}
         self._num_eval_rows = 0
@@ -265,9 +267,8 @@ class EPOTrainer(SeamedGRPOTrainer):
             prompt_builder=self._prompt_builder,
         )
         self._context_rules.check_builder(*first_row)
-        self._credit = CreditAssigner(self.args, self.accelerator)
         if self.args.advantage_estimator == "gae":
-            self._credit.critic = self._critic = Critic(
+            self._critic = Critic(
                 make_critic(self.accelerator.unwrap_model(self.model), self.args.critic_model),
                 self.accelerator,
                 self.args.per_device_train_batch_size,
@@ -275,6 +276,7 @@ class EPOTrainer(SeamedGRPOTrainer):
                 self.args.gradient_checkpointing_kwargs,
             )
             self.add_callback(ForgetGradients(self._critic))
+        self._credit = CreditAssigner(self.args, self.accelerator, self._critic)
 
     def prepare_rows(self, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
         if self.mode == "train":
@@ -391,8 +393,7 @@ class EPOTrainer(SeamedGRPOTrainer):
             metrics["groups/resampled"] = self._num_resampled
             self._num_resampled = 0
         metrics |= self._credit.assign(batch, self._episodes, self.episode_rewards)
-        for name, value in metrics.items():
-            self.add_metric(name, value)
+        self.add_metrics(metrics)
 
     def create_optimizer(self, model=None):
         optimizer = super().create_optimizer(model)
@@ -422,15 +423,13 @@ class EPOTrainer(SeamedGRPOTrainer):
             added, metrics = self.entropy_term.loss(captured[0], inputs, moment, policy_loss.detach())
             loss = policy_loss + added
         metrics |= self.entropy_term.observe(captured[0].detach(), inputs, moment)
-        for name, value in metrics.items():
-            self.add_metric(f"epo/{name}", value)
+        self.add_metrics({f"epo/{name}": value for name, value in metrics.items()})
         if self._critic is not None and self.mode == "train":
             self._critic.trains_alone = self.entropy_history.step < self.args.critic_warmup_steps
             if self._critic.trains_alone:
                 loss = 0.0 * loss
             value_loss, metrics = self._credit.critic_loss(inputs, self.current_gradient_accumulation_steps)
-            for name, value in metrics.items():
-                self.add_metric(name, value)
+            self.add_metrics(metrics)
             loss = loss + value_loss
         return loss
 
