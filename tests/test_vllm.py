@@ -12,7 +12,9 @@ import torch
 from conftest import Corridor, make_model, make_tokenizer
 from datasets import Dataset
 
+import trl_epo
 from trl_epo import EPOConfig, EPOTrainer
+from trl_epo.rollout import parse_action
 
 
 pytest.importorskip("vllm")
@@ -41,7 +43,7 @@ def plain_gemm(layer, remove_weight):
     layer.cpu_linear = torch.nn.functional.linear
 
 
-def train(folder: str) -> None:
+def train(folder: str, context: str) -> None:
     save_model(f"{folder}/model")
     args = EPOConfig(
         folder,
@@ -61,9 +63,10 @@ def train(folder: str) -> None:
         use_vllm=True,
         vllm_mode="colocate",
         vllm_gpu_memory_utilization=0.1,
-        vllm_max_model_length=CONTEXT_LENGTH,
+        vllm_max_model_length=CONTEXT_LENGTH if context == "transcript" else 600,
         eval_temperature=0.4,
         num_generations_eval=1,
+        context=context,
     )
     trainer = EPOTrainer(
         f"{folder}/model",
@@ -71,6 +74,7 @@ def train(folder: str) -> None:
         args=args,
         train_dataset=Dataset.from_dict({"length": [9000, 9100, 9200, 9300]}),  # no episode reaches the door
         environment_factory=lambda: Corridor(turns=99),
+        action_parser=parse_action,
     )
     engine, requests, temperatures = trainer.vllm_generation.llm, [], []
     generate = engine.generate
@@ -97,6 +101,7 @@ def train(folder: str) -> None:
         {
             "prompt": episode.prompt_ids,
             "turns": [(turn.observation_ids, turn.action_ids, turn.logprobs) for turn in episode.turns],
+            "starts_context": [turn.starts_context for turn in episode.turns],
             "stop_reason": episode.stop_reason.value,
         }
         for episode in PLAYED
@@ -110,16 +115,30 @@ def train(folder: str) -> None:
     Path(folder, "record.json").write_text(json.dumps(record))
 
 
-@pytest.fixture(scope="module")
-def record(tmp_path_factory):
+def run(folder: Path, context: str) -> dict:
     """What a short training said and heard; in a process of its own, as vLLM takes over process group and threads."""
-    folder = tmp_path_factory.mktemp("vllm")
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent), "VLLM_CPU_KVCACHE_SPACE": "1"}
-    done = subprocess.run(
-        [sys.executable, __file__, str(folder)], env=environment, capture_output=True, text=True, timeout=600
-    )
+    path = os.pathsep.join([str(Path(__file__).parent), str(Path(trl_epo.__file__).parents[1])])
+    environment = {**os.environ, "PYTHONPATH": path, "VLLM_CPU_KVCACHE_SPACE": "1"}
+    command = [sys.executable, __file__, str(folder), context]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr[-3000:]
     return json.loads((folder / "record.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def record(tmp_path_factory):
+    return run(tmp_path_factory.mktemp("vllm"), "transcript")
+
+
+def test_each_turn_of_a_window_is_a_request_of_its_own(tmp_path):
+    record = run(tmp_path, "window")
+    asked = {(tuple(request["prompt"]), tuple(request["completion"])) for request in record["requests"]}
+    for episode in record["episodes"]:
+        assert episode["starts_context"] == [False] + [True] * (len(episode["turns"]) - 1)
+        for number, (observation_ids, action_ids, _) in enumerate(episode["turns"]):
+            assert (tuple(observation_ids if number else episode["prompt"]), tuple(action_ids)) in asked
+    # What a prompt has in common with an earlier one comes from vLLM's prefix cache.
+    assert max(request["cached"] for request in record["requests"]) > 0
 
 
 def test_each_turn_is_a_request_with_the_transcript_so_far(record):
@@ -174,4 +193,4 @@ def test_an_evaluation_has_a_temperature_of_its_own(record):
 
 if __name__ == "__main__":
     with mock.patch("vllm.model_executor.layers.utils.dispatch_cpu_unquantized_gemm", plain_gemm):
-        train(sys.argv[1])
+        train(sys.argv[1], sys.argv[2])
