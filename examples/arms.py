@@ -14,7 +14,7 @@ from collections import defaultdict
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from quickstart import DEMO_SETTINGS, make_household, make_model, make_tokenizer
+from quickstart import DEMO_SETTINGS, WARM_UP_SETTINGS, make_household, make_model, make_tokenizer
 from shared import Chat, expert_chats, household_expert, warm_up
 from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
 from trl import TrlParser
@@ -108,18 +108,11 @@ def warm_policy(script: ArmsArguments, args: EPOConfig, context: str, seed: int)
         learn_observations=True,
         output_dir=str(folder / "warm_up"),
         per_device_train_batch_size=4 if context == "transcript" else 16,
-        num_train_epochs=1,
         learning_rate=6e-3,
-        lr_scheduler_type="linear",
-        warmup_steps=50,
-        adam_beta2=0.98,
-        max_length=2048,
-        logging_steps=100,
         use_cpu=args.use_cpu,
-        bf16=False,
-        gradient_checkpointing=False,
         seed=seed,
         disable_tqdm=True,
+        **WARM_UP_SETTINGS,
     )
     tokenizer.save_pretrained(folder)
     model.save_pretrained(folder)

@@ -81,6 +81,17 @@ DEMO_SETTINGS = {
     "report_to": "none",
 }
 
+WARM_UP_SETTINGS = {
+    "num_train_epochs": 1,
+    "lr_scheduler_type": "linear",
+    "warmup_steps": 50,
+    "adam_beta2": 0.98,
+    "max_length": 2048,
+    "logging_steps": 100,
+    "bf16": False,
+    "gradient_checkpointing": False,
+}
+
 CHAT_TEMPLATE = (
     "{% for message in messages %}{{ '<|' + message['role'] + '|>' + message['content'] + '<|end|>' }}{% endfor %}"
     "{% if add_generation_prompt %}<|assistant|>{% endif %}"
@@ -179,18 +190,11 @@ def main() -> None:
             learn_observations=script.model is None,
             output_dir=f"{args.output_dir}/warm_up",
             per_device_train_batch_size=4,
-            num_train_epochs=1,
             learning_rate=script.warm_up_learning_rate,
-            lr_scheduler_type="linear",
-            warmup_steps=50,
-            adam_beta2=0.98,
-            max_length=2048,
-            logging_steps=100,
             use_cpu=args.use_cpu,
-            bf16=False,
-            gradient_checkpointing=False,
             seed=args.seed,
             disable_tqdm=args.disable_tqdm,
+            **WARM_UP_SETTINGS,
         )
 
     # EPO.
