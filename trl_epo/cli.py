@@ -2,7 +2,7 @@
 The command line:
 
     trl-epo train    --config examples/configs/household-small.yaml --model_name_or_path MODEL --output_dir runs/a
-    trl-epo evaluate --config examples/configs/household-small.yaml --model_name_or_path runs/a
+    trl-epo evaluate --config examples/configs/household-small.yaml --model_name_or_path runs/a --output_dir runs/a
 
 Every field of `EPOConfig`, TRL's `ModelConfig` and `ScriptArguments` is a key of the config file and a flag; flags win.
 With several processes: `accelerate launch -m trl_epo train …`.
