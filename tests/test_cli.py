@@ -16,6 +16,9 @@ from safetensors.torch import load_file
 
 from trl_epo import cli
 from trl_epo.cli import ScriptArguments, parse
+from trl_epo.episode import StopReason
+from trl_epo.evaluation import evaluation_metrics
+from trl_epo.metrics import EpisodeSummary
 
 
 ROOT = Path(__file__).parent.parent
@@ -114,11 +117,26 @@ class TestParsing:
         assert "nowhere.yaml" in refused(capsys, "--config", str(tmp_path / "nowhere.yaml"))
         assert "`entropy_coef` is -1.0" in refused(capsys, *flags, "--entropy_coef", "-1")
 
+    def test_a_split_by_itself(self, tmp_path):
+        config = tmp_path / "config.yaml"
+        config.write_text("environment: household\nmodel_name_or_path: m\neval_splits: ood\n")
+        assert parse("train", ["--config", str(config)])[0].eval_splits == ["ood"]
+
     def test_table(self):
         assert doctest.testmod(cli).failed == 0
         lines = cli.table({"iid": {"count": 0}, "ood": {"pass@2": 0.5, "pass@16": 0.75}}).splitlines()
         assert lines[0].endswith("pass@2   pass@16")
         assert lines[2].endswith("50.0%     75.0%")
+
+    def test_failed_episodes_show(self):
+        summaries = [
+            EpisodeSummary(None, row < 2, 0.0, 1, 0, 0, StopReason.TERMINATED if row < 7 else StopReason.FAILURE, row)
+            for row in range(10)
+        ]
+        metrics = {f"eval_iid_{name}": float(value) for name, value in evaluation_metrics(summaries).items()}
+        results = {"iid": cli.panel_results(metrics, "iid"), "ood": {"count": 4, "stop/failure": 0.0}}
+        assert "iid: 3 of 10 episodes failed" in cli.table(results).splitlines()[-1]
+        assert "failed" not in cli.table({"ood": results["ood"]})
 
 
 class TestRows:
@@ -182,7 +200,7 @@ class TestCommands:
         assert (written["temperature"], written["episodes_per_row"]) == (0.4, 2)
         assert list(written["panels"]) == ["iid", "ood"]
         for name, panel in written["panels"].items():
-            assert panel["count"] == 6
+            assert panel["count"] == 6 and isinstance(panel["count"], int)
             assert panel["success_low"] <= panel["success_rate"] <= panel["success_high"]
             assert {"pass@1", "pass@2", "turns", "return"} <= set(panel)
             assert sum(line.startswith(name) for line in done.stdout.splitlines()) == 1
@@ -220,6 +238,41 @@ class TestCommands:
         panels = json.loads((tmp_path / "run" / "evaluation.json").read_text())["panels"]
         assert panels["iid"]["count"] == 20  # 5 rows, as many episodes each as in training
 
+    @pytest.mark.parametrize(
+        ("flags", "message"),
+        [
+            (("--eval_size", "0"), "`eval_size` is 0, but must be at least 1"),
+            (("--eval_splits", "val"), "split 'val' .*'train', 'iid', 'ood'"),
+            (("--tasks_kwargs", '{"roms": 2}'), "takes .*rooms.*unexpected keyword argument 'roms'"),
+            (("--tasks", "math:pi"), "`tasks` is 'math:pi', a float"),
+            (("--environment", "no_module:a"), "`environment` is 'no_module:a', but there is no such thing"),
+            (("--environment", "math:sqrt"), "called with {} it raises TypeError"),
+            (("--environment", "builtins:dict"), "called with {} it gives a dict.*`gymnasium.Env`"),
+            (("--environment_kwargs", '{"roms": 2}'), "called with {'roms': 2} it raises TypeError"),
+            (("--results", "/proc/nowhere/a.json"), "`results` is '/proc/nowhere/a.json', but its folder"),
+            (("--results", "."), "`results` is '.', but no file"),
+            (
+                ("--model_name_or_path", "no/model/here"),
+                "`model_name_or_path` is 'no/model/here', but there is no model",
+            ),
+        ],
+    )
+    def test_mistakes_end_in_one_line(self, capsys, tmp_path, model_folder, flags, message):
+        flags = ("--tasks", "trl_epo.envs.household:tasks", "--output_dir", str(tmp_path), *flags)
+        with pytest.raises(SystemExit) as stop:
+            cli.main(
+                ["evaluate", "--config", str(SMALL), "--model_name_or_path", model_folder, "--bf16", "false", *flags]
+            )
+        assert stop.value.code == 2
+        assert re.search(message, capsys.readouterr().err.splitlines()[-1])
+
+    def test_nothing_to_evaluate_on(self, capsys, tmp_path):
+        config = tmp_path / "config.yaml"
+        config.write_text("environment: household\neval_splits: []\nmodel_name_or_path: m\nbf16: false\n")
+        with pytest.raises(SystemExit):
+            cli.main(["evaluate", "--config", str(config), "--output_dir", str(tmp_path)])
+        assert "`eval_splits` is empty" in capsys.readouterr().err
+
     @pytest.mark.parametrize(("arguments", "code"), [([], 2), (["dance"], 2), (["--help"], 0)])
     def test_no_command(self, capsys, arguments, code):
         with pytest.raises(SystemExit) as stop:
@@ -245,6 +298,7 @@ class TestConfigs:
         script, args, _ = parse("train", ["--config", str(CONFIGS / name), "--model_name_or_path", "m"])
         assert script.environment in name
         assert args.eval_temperature == 0.4
+        assert args.per_device_eval_batch_size % 8 == 0  # docs/paper.md: --num_generations_eval 8 for pass@k
 
     def test_the_papers_batch(self):
         for path in (*CONFIGS.glob("*-7b-*.yaml"), *CONFIGS.glob("*-3b-*.yaml")):

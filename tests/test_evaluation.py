@@ -2,6 +2,7 @@
 
 import doctest
 import math
+import random
 from itertools import combinations
 
 import numpy as np
@@ -25,6 +26,7 @@ from trl_epo.evaluation import (
     run_success,
     success_curve,
     success_interval,
+    t_quantile,
 )
 from trl_epo.generation import CachedTurnSampler
 from trl_epo.metrics import EpisodeSummary
@@ -65,13 +67,25 @@ class TestInterval:
         eight_times = [RowOutcome(8, 8)] * 6 + [RowOutcome(8, 0)] * 4
         assert success_interval(eight_times) == pytest.approx(success_interval(once))
 
-    def test_rows_all_alike_count_each_episode(self):
-        assert success_interval([RowOutcome(8, 4)] * 10) == pytest.approx(wilson(40, 80))
+    @pytest.mark.parametrize(
+        ("degrees", "table"), [(1, 12.706), (2, 4.303), (3, 3.182), (4, 2.776), (5, 2.571), (9, 2.262), (30, 2.042)]
+    )
+    def test_students_t(self, degrees, table):
+        assert t_quantile(degrees) == pytest.approx(table, rel=2e-3)
+        assert t_quantile(10**9) == pytest.approx(evaluation.Z_95)
+
+    def test_rows_all_alike_count_each_episode_as_far_as_few_rows_tell(self):
+        number = 80 * (evaluation.Z_95 / 2.2622) ** 2  # t of nine degrees of freedom
+        assert success_interval([RowOutcome(8, 4)] * 10) == pytest.approx(wilson(number / 2, number), abs=1e-5)
+        assert success_interval([RowOutcome(8, 4)] * 2) == pytest.approx(wilson(1, 2))
+        assert success_interval([RowOutcome(8, 4)] * 10**4) == pytest.approx(wilson(40_000, 80_000), rel=1e-4)
 
     def test_hand_worked_effective_number(self):
-        # Rates 1, 1/2, 1/2, 0 of four episodes each: p = 1/2, Var = 4/3 · (2² + 0 + 0 + 2²)/16² = 1/24, so 6 episodes.
-        outcomes = [RowOutcome(4, successes) for successes in (4, 2, 2, 0)]
-        assert success_interval(outcomes) == pytest.approx(wilson(3, 6))
+        # Rates 1, 0 and six times 1/2, of four episodes each: p = 1/2, Var = 8/7 · (2² + 2²)/32² = 1/112, so 28
+        # episodes before the correction.
+        outcomes = [RowOutcome(4, successes) for successes in (4, 2, 2, 2, 2, 2, 2, 0)]
+        number = 28 * (evaluation.Z_95 / 2.3646) ** 2  # t of seven degrees of freedom
+        assert success_interval(outcomes) == pytest.approx(wilson(number / 2, number), abs=1e-5)
 
     def test_nothing_to_learn_a_variance_from(self):
         assert success_interval([RowOutcome(8, 8)] * 10) == pytest.approx(wilson(10, 10))
@@ -89,15 +103,18 @@ class TestInterval:
         narrowest, widest = (wilson(rate * number, number) for number in (episodes, len(outcomes)))
         assert narrowest[1] - narrowest[0] - 1e-9 <= high - low <= widest[1] - widest[0] + 1e-9
 
-    @pytest.mark.parametrize(("a", "b"), [(0.3, 0.3), (2.0, 2.0), (50.0, 50.0)])
-    def test_it_holds_the_rate_as_often_as_it_says(self, a, b):
-        # Rows of unequal difficulty, from very unequal to nearly equal; 30 rows of 8 episodes, drawn 500 times.
+    @pytest.mark.parametrize("num_rows", [2, 3, 10, 30])
+    @pytest.mark.parametrize(("a", "b"), [(0.3, 0.3), (2.0, 2.0), (50.0, 50.0), (0.1, 0.9)])
+    def test_it_holds_the_rate_as_often_as_it_says(self, num_rows, a, b):
+        # Rows of unequal difficulty, from very unequal to nearly equal, of 8 episodes each; drawn 500 times.
         draw = np.random.default_rng(0)
         intervals = [
-            success_interval([RowOutcome(8, int(number)) for number in draw.binomial(8, draw.beta(a, b, 30))])
+            success_interval([RowOutcome(8, int(number)) for number in draw.binomial(8, draw.beta(a, b, num_rows))])
             for _ in range(500)
         ]
-        assert 0.91 < sum(low <= 0.5 <= high for low, high in intervals) / 500 < 0.99
+        coverage = sum(low <= a / (a + b) <= high for low, high in intervals) / 500
+        assert coverage > 0.91
+        assert coverage < 0.99 or num_rows <= 10  # of few rows rather too wide
 
     def test_no_outcomes(self):
         with pytest.raises(ValueError, match="no outcomes"):
@@ -290,6 +307,71 @@ class TestTrainer:
         assert panels[0] == panels[1]
         assert [length for length, _ in panels[0]] == [length for length in range(2, 8) for _ in range(2)]
         assert len(set(panels[0])) == 6
+
+    def test_training_does_not_notice(self, tmp_path, tokenizer):
+        states = []
+        for settings in ({}, {"eval_strategy": "steps", "eval_steps": 1, "eval_temperature": 0.4}):
+            trainer = make_trainer(tmp_path, tokenizer, parser=lambda text: text, max_steps=3, **settings)
+            trainer.train()
+            trained = [entry for entry in trainer.state.log_history if "epo/entropy" in entry]
+            assert len(trainer.state.log_history) == 4 + 3 * bool(settings)
+            weights = torch.cat([weight.detach().flatten() for weight in trainer.model.parameters()])
+            states.append((weights, trainer.entropy_history.state_dict(), [e["epo/policy_loss"] for e in trained]))
+        assert torch.equal(states[0][0], states[1][0])
+        assert states[0][1:] == states[1][1:]
+
+    def test_same_weights_sample_alike(self, tmp_path, tokenizer):
+        texts = []
+        trainer = make_trainer(tmp_path, tokenizer, parser=lambda text: texts.append(text) or text, temperature=2.0)
+        trainer.eval_dataset = {"a": trainer.eval_dataset, "b": trainer.eval_dataset}
+        first = trainer.evaluate()
+        torch.rand(1)
+        played = list(texts)
+        second = trainer.evaluate()
+        assert texts == 2 * played
+        assert len(set(played)) > 1
+        measures = [name for name in first if "runtime" not in name and "_per_second" not in name]
+        assert [first[name] for name in measures] == [second[name] for name in measures]
+        assert first["eval_a_episode/return"] == first["eval_b_episode/return"]
+
+    def test_an_interrupted_evaluation_leaves_nothing(self, tmp_path, tokenizer):
+        calls = []
+
+        def interrupt(text):
+            calls.append(text)
+            if len(calls) > 4:
+                raise KeyboardInterrupt
+            return "r"
+
+        trainer = make_trainer(tmp_path, tokenizer, lengths=(2,) * 8, per_device_eval_batch_size=2, max_turns=1)
+        expected = trainer.evaluate()
+        trainer._action_parser = interrupt
+        states = [random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()]
+        with pytest.raises(KeyboardInterrupt):
+            trainer.evaluate()
+        assert states == [random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()]
+        trainer._action_parser = lambda text: "r"
+        metrics = trainer.evaluate()
+        assert metrics["eval_reward"] == expected["eval_reward"]
+        assert metrics["eval_completions/max_length"] == expected["eval_completions/max_length"]
+        assert metrics["eval_episode/count"] == 8
+
+    def test_predict_leaves_nothing(self, tmp_path, tokenizer):
+        trainer = make_trainer(tmp_path, tokenizer)
+        expected = trainer.evaluate()
+        assert expected["eval_reward"] == pytest.approx(0.2)
+        trainer.predict(Dataset.from_dict({"length": [1] * 8}))
+        assert trainer.evaluate()["eval_reward"] == expected["eval_reward"]
+
+    def test_no_rows(self, tmp_path, tokenizer):
+        with pytest.raises(ValueError, match="`train_dataset` is empty"):
+            EPOTrainer(
+                make_model(),
+                args=EPOConfig(str(tmp_path), **BASE),
+                train_dataset=Dataset.from_dict({"length": []}),
+                processing_class=tokenizer,
+                environment_factory=Corridor,
+            )
 
     def test_groups_that_do_not_fit_a_batch(self, tmp_path, tokenizer):
         trainer = make_trainer(tmp_path, tokenizer, num_generations_eval=3)

@@ -288,6 +288,10 @@ class SeamedGRPOTrainer(GRPOTrainer):
         for name, value in metrics.items():
             self._metrics[self.mode][name].append(value)
 
+    def clear_eval_metrics(self) -> None:
+        """Forget the metrics of an evaluation that were not logged."""
+        self._metrics["eval"].clear()
+
     def label_eval_metrics(self, dataset_name: str) -> None:
         """Name the metrics of an evaluation after its dataset, as Trainer does: TRL gives those of all one name."""
         if dataset_name:

@@ -2,7 +2,7 @@
 The command line:
 
     trl-epo train    --config examples/configs/household-small.yaml --model_name_or_path MODEL --output_dir runs/a
-    trl-epo evaluate --config examples/configs/household-small.yaml --model_name_or_path runs/a
+    trl-epo evaluate --config examples/configs/household-small.yaml --model_name_or_path runs/a --output_dir runs/a
 
 Every field of `EPOConfig`, TRL's `ModelConfig` and `ScriptArguments` is a key of the config file and a flag; flags win.
 With several processes: `accelerate launch -m trl_epo train …`.
@@ -14,18 +14,23 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from importlib import import_module
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import gymnasium
 from datasets import Dataset
 from peft import AutoPeftModelForCausalLM
+from transformers import AutoConfig
 from transformers.trainer_utils import get_last_checkpoint
 from trl import ModelConfig, TrlParser, get_peft_config, get_quantization_config
 
 from .config import EPOConfig
 from .trainer import EPOTrainer
+
+
+class UsageError(ValueError):
+    """A setting that cannot work; the command ends with its message, without a traceback."""
 
 
 class BuiltIn(NamedTuple):
@@ -103,6 +108,12 @@ class ScriptArguments:
     def __post_init__(self):
         for name in ("environment_kwargs", "tasks_kwargs"):
             setattr(self, name, _json_object(name, getattr(self, name)))
+        if isinstance(self.eval_splits, str):  # a file may say so
+            self.eval_splits = [self.eval_splits]
+        for name in ("train_size", "eval_size"):
+            size = getattr(self, name)
+            if size is not None and size < 1:
+                raise ValueError(f"`{name}` is {size}, but must be at least 1; leave it out for all rows.")
         if self.environment not in ENVIRONMENTS and ":" not in self.environment:
             raise ValueError(
                 f"`environment` is {self.environment!r}, but must be one of {', '.join(map(repr, ENVIRONMENTS))}, or "
@@ -113,32 +124,60 @@ class ScriptArguments:
             self.tasks = built_in.tasks
 
     def environment_factory(self) -> Callable:
-        """What makes an environment."""
+        """What makes an environment; raises a `UsageError` if it makes none, or none that talks in text."""
         built_in = ENVIRONMENTS.get(self.environment)
         factory = _imported("environment", self.environment if built_in is None else built_in.environment)
-        return partial(factory, **self.environment_kwargs) if self.environment_kwargs else factory
+
+        def make() -> gymnasium.Env:
+            wrong = f"`environment` is {self.environment!r}, but called with {self.environment_kwargs} it"
+            try:
+                environment = factory(**self.environment_kwargs)
+            except Exception as error:
+                raise UsageError(f"{wrong} raises {type(error).__name__}: {error}") from error
+            if not isinstance(environment, gymnasium.Env):
+                raise UsageError(
+                    f"{wrong} gives a {type(environment).__name__}. Name what makes a `gymnasium.Env`, such as a class "
+                    "of your own that inherits from `trl_epo.envs.TextEnv`."
+                )
+            return environment
+
+        return make
 
     def rows(self, split: str, size: int | None) -> Dataset:
         """`size` rows of a split, or all of them."""
         tasks = _imported("tasks", self.tasks)
-        if "size" in inspect.signature(tasks).parameters:
+        kwargs = self.tasks_kwargs
+        signature = inspect.signature(tasks)
+        sized = "size" in signature.parameters
+        if sized:
             if size is None:
-                raise ValueError(
+                raise UsageError(
                     f"The tasks of {self.environment!r} have no end: set `train_size` and `eval_size`, the numbers of rows."
                 )
-            return tasks(split, **{"size": size, "seed": self.tasks_seed, **self.tasks_kwargs})
-        rows = tasks(split, **self.tasks_kwargs)
-        if size is None or size >= len(rows):
+            kwargs = {"size": size, "seed": self.tasks_seed, **kwargs}
+        try:
+            signature.bind(split, **kwargs)
+        except TypeError as error:
+            raise UsageError(
+                f"`tasks_kwargs` is {self.tasks_kwargs}, but {self.tasks} takes {signature}: {error}."
+            ) from error
+        try:
+            rows = tasks(split, **kwargs)
+        except (ValueError, OSError) as error:
+            raise UsageError(f"There are no rows of the split {split!r} with {kwargs}: {error}") from error
+        if sized or size is None or size >= len(rows):
             return rows
         return rows.shuffle(seed=self.tasks_seed).select(range(size))
 
     def panels(self) -> dict[str, Dataset]:
         """The evaluation sets by name."""
         if self.tasks is None:
-            raise ValueError(
+            raise UsageError(
                 f"There is nothing to evaluate on: `tasks` is not set, and the environment {self.environment!r} is not "
                 "one of this package's. Give a 'module:function' that returns the dataset of a split."
             )
+        if not self.eval_splits:
+            raise UsageError("`eval_splits` is empty: name at least one split to evaluate on, e.g. iid.")
         return {split: self.rows(split, self.eval_size) for split in self.eval_splits}
 
 
@@ -182,6 +221,14 @@ def make_trainer(
         model = AutoPeftModelForCausalLM.from_pretrained(model, is_trainable=True, **args.model_init_kwargs)
         args.model_init_kwargs = None
         kwargs["peft_config"] = None
+    else:
+        try:
+            AutoConfig.from_pretrained(model, revision=model_args.model_revision)
+        except (OSError, ValueError) as error:
+            raise UsageError(
+                f"`model_name_or_path` is {model!r}, but there is no model in such a folder, and none of that name could "
+                f"be had from the Hub: {str(error).splitlines()[0]}"
+            ) from error
     return EPOTrainer(
         model,
         args=args,
@@ -214,6 +261,7 @@ def train(script: ScriptArguments, args: EPOConfig, model_args: ModelConfig) -> 
 
 def evaluate(script: ScriptArguments, args: EPOConfig, model_args: ModelConfig) -> None:
     """Play the panels, print a table of them and write it as JSON."""
+    path = _writable(Path(script.results or Path(args.output_dir, "evaluation.json")))
     panels = script.panels()
     args.beta, args.advantage_estimator = 0.0, "grpo"  # neither a reference model nor a critic
     trainer = make_trainer(script, args, model_args, train_dataset=next(iter(panels.values())), eval_dataset=panels)
@@ -227,8 +275,6 @@ def evaluate(script: ScriptArguments, args: EPOConfig, model_args: ModelConfig) 
             "seed": args.seed,
             "panels": {name: panel_results(metrics, name) for name in panels},
         }
-        path = Path(script.results or Path(args.output_dir, "evaluation.json"))
-        path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(results, indent=2) + "\n")
         print(table(results["panels"]))
         print(f"\nAll figures: {path}")
@@ -238,12 +284,13 @@ def evaluate(script: ScriptArguments, args: EPOConfig, model_args: ModelConfig) 
 def panel_results(metrics: dict[str, float], panel: str) -> dict[str, float]:
     """The episode metrics of a panel out of all of an evaluation's, under their short names."""
     prefix = f"eval_{panel}_episode/"
-    return {name.removeprefix(prefix): value for name, value in metrics.items() if name.startswith(prefix)}
+    results = {name.removeprefix(prefix): value for name, value in metrics.items() if name.startswith(prefix)}
+    return {name: int(value) if name == "count" else value for name, value in results.items()}
 
 
 def table(panels: dict[str, dict[str, float]]) -> str:
     """
-    A table of results by panel, and by task within it.
+    A table of results by panel, and by task within it, and below it how many episodes failed, if any.
 
     >>> print(table({"iid": {"count": 8, "success_rate": 0.5, "success_low": 0.21, "success_high": 0.785,
     ...     "return": 0.5, "turns": 7.25, "success_rate/heat": 1.0}}))
@@ -269,6 +316,12 @@ def table(panels: dict[str, dict[str, float]]) -> str:
         for name in results:
             if name.startswith("success_rate/"):
                 lines.append(f"{'  ' + name.split('/', 1)[1]:<{width}}  {'':>8}  {_percent(results, name):>7}")
+    for panel, results in panels.items():
+        if num_failed := round(results.get("count", 0) * results.get("stop/failure", 0.0)):
+            lines.append(
+                f"{panel}: {num_failed} of {results['count']} episodes failed (see the log): the other figures are "
+                "without them."
+            )
     return "\n".join(lines)
 
 
@@ -284,7 +337,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
         )
         sys.exit(0 if asked_for_help else 2)
     sys.path.insert(0, os.getcwd())
-    commands[arguments[0]](*parse(arguments[0], arguments[1:]))
+    try:
+        commands[arguments[0]](*parse(arguments[0], arguments[1:]))
+    except UsageError as error:
+        print(f"trl-epo {arguments[0]}: error: {error}", file=sys.stderr)
+        sys.exit(2)
 
 
 def _k(name: str) -> int:
@@ -306,10 +363,26 @@ def _json_object(name: str, value: dict | str | None) -> dict[str, Any]:
     return value or {}
 
 
-def _imported(what: str, path: str) -> Any:
-    """The attribute that "module:attribute" names."""
+def _imported(what: str, path: str) -> Callable:
+    """What "module:attribute" names, something to call."""
     module, _, attribute = path.partition(":")
     try:
-        return getattr(import_module(module), attribute)
-    except (ImportError, AttributeError) as error:
-        raise ValueError(f"`{what}` is {path!r}, but there is no such thing: {error}") from error
+        found = getattr(import_module(module), attribute)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise UsageError(f"`{what}` is {path!r}, but there is no such thing: {error}") from error
+    if not callable(found):
+        raise UsageError(f"`{what}` is {path!r}, a {type(found).__name__}, but must be something to call.")
+    return found
+
+
+def _writable(path: Path) -> Path:
+    """A file's path in a folder that exists by now, and in which it can be written."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UsageError(
+            f"`results` is {str(path)!r}, but its folder cannot be made: {error}. Name another."
+        ) from error
+    if path.is_dir() or not os.access(path if path.exists() else path.parent, os.W_OK):
+        raise UsageError(f"`results` is {str(path)!r}, but no file can be written there: name another.")
+    return path

@@ -72,8 +72,8 @@ class EPOConfig(GRPOConfig):
             and penalties alike; this is δ, from 0 (all alike) to 1 (twice the weight for the first turn, none for the
             last). The mean weight is 1. Needs `entropy_aggregation="turn"`.
         entropy_advantage_coef (`float`, *optional*, defaults to `0.0`):
-            α of the entropy-shaped advantage A + min(α·H, |A|/κ) of Cheng et al. (arXiv 2506.14758; they use 0.4), in
-            units of advantage per nat; H is the token's entropy, without gradient. `0.0`: advantages are left alone.
+            α of the entropy-shaped advantage A + min(α·H, |A|/κ) of Cheng et al. (arXiv 2506.14758; GRPO 0.4, PPO 0.1),
+            in units of advantage per nat; H is the token's entropy, without gradient. `0.0`: advantages are left alone.
             It acts besides the entropy term: for the paper's baseline "EA" set `entropy_coef=0.0`.
         entropy_advantage_limit (`float`, *optional*, defaults to `2.0`):
             κ of the same: at most |A|/κ is added, so that with κ > 1 no advantage changes its sign.
@@ -214,7 +214,7 @@ class EPOConfig(GRPOConfig):
     entropy_advantage_coef: float = field(
         default=0.0,
         metadata={
-            "help": "α of the entropy-shaped advantage A + min(α·H, |A|/κ) (Cheng et al. 2025, who use 0.4). 0.0: off."
+            "help": "α of the entropy-shaped advantage A + min(α·H, |A|/κ) (Cheng et al. 2025: GRPO 0.4, PPO 0.1). 0.0: off."
         },
     )
     entropy_advantage_limit: float = field(

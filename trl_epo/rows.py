@@ -42,7 +42,9 @@ class FirstRow(NamedTuple):
 
 def check_first_row(pool: EnvironmentPool, dataset) -> FirstRow:
     """Reset an environment with the dataset's first row, so that a misfit shows before any training time is spent."""
-    row = next(iter(dataset))
+    row = next(iter(dataset), None)
+    if row is None:
+        raise ValueError("`train_dataset` is empty, but must have at least one row.")
     prompt = row.get("prompt")
     if prompt is not None and not isinstance(prompt, list):
         raise ValueError(

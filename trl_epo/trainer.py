@@ -4,15 +4,18 @@ import json
 import logging
 import math
 import os
+import random
 import sys
 import textwrap
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from accelerate.utils import gather_object
+import torch
+from accelerate.utils import gather_object, set_seed
 from torch import Tensor
 from transformers.trainer_utils import has_length
 from trl.trainer.utils import get_config_model_id
@@ -356,20 +359,26 @@ class EPOTrainer(SeamedGRPOTrainer):
 
     def evaluation_loop(self, dataloader, *args, metric_key_prefix: str = "eval", **kwargs):
         self._eval_prefix = metric_key_prefix
+        randomness = nullcontext()
         if self._environments is not None:
-            batch_size = self.args.eval_batch_size * self.accelerator.num_processes
-            if batch_size % self.num_generations_eval:
-                raise ValueError(
-                    f"An evaluation batch of {batch_size} episodes (`per_device_eval_batch_size` times the processes) "
-                    f"cannot hold whole groups of {self.num_generations_eval}. Set `num_generations_eval` to a divisor "
-                    "of it."
-                )
-            self._num_eval_rows = 0
-            self._summaries["eval"].clear()  # of an evaluation that was interrupted
-            rows = dataloader.dataset
-            self._eval_panel_size = len(rows) * self.num_generations_eval if has_length(rows) else sys.maxsize
-        with self.sampling_at(self.args.eval_temperature):
+            self._begin_panel(dataloader.dataset)
+            randomness = own_randomness(self.args.seed, self.accelerator.device)
+        with self.sampling_at(self.args.eval_temperature), randomness:
             return super().evaluation_loop(dataloader, *args, metric_key_prefix=metric_key_prefix, **kwargs)
+
+    def _begin_panel(self, rows) -> None:
+        batch_size = self.args.eval_batch_size * self.accelerator.num_processes
+        if batch_size % self.num_generations_eval:
+            raise ValueError(
+                f"An evaluation batch of {batch_size} episodes (`per_device_eval_batch_size` times the processes) "
+                f"cannot hold whole groups of {self.num_generations_eval}. Set `num_generations_eval` to a divisor "
+                "of it."
+            )
+        self._num_eval_rows = 0
+        self._eval_panel_size = len(rows) * self.num_generations_eval if has_length(rows) else sys.maxsize
+        # What an evaluation that was interrupted, or `predict`, has left
+        self._summaries["eval"].clear()
+        self.clear_eval_metrics()
 
     # Credit assignment
 
@@ -488,6 +497,20 @@ def derived_seed(seed: int, train: bool, step: int, group: int, attempt: int = 0
     """A seed of 32 bits for a group's episodes, well mixed and the same on every machine."""
     parts = [seed, train, step, group, attempt] if attempt else [seed, train, step, group]
     return int(np.random.SeedSequence(parts).generate_state(1)[0])
+
+
+@contextmanager
+def own_randomness(seed: int, device: torch.device) -> Iterator[None]:
+    """Random numbers from this seed, different ones on each process, in here; afterwards all goes on as before."""
+    devices = range(0 if device.type == "cpu" else torch.get_device_module(device).device_count())
+    python_state, numpy_state = random.getstate(), np.random.get_state()
+    try:
+        with torch.random.fork_rng(devices, device_type=device.type):
+            set_seed(seed, device_specific=True)
+            yield
+    finally:
+        random.setstate(python_state)
+        np.random.set_state(numpy_state)
 
 
 def _copied(reward_funcs):
