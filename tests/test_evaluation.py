@@ -379,6 +379,13 @@ class TestTrainer:
             trainer.evaluate()
 
 
+# By default it takes most of the memory for its cache.
+CONTINUOUS_BATCHING = {
+    "use_transformers_continuous_batching": True,
+    "transformers_continuous_batching_config": {"max_memory_percent": 0.02},
+}
+
+
 class TestTemperature:
     def test_only_in_evaluations(self, tmp_path, tokenizer, temperatures):
         trainer = make_trainer(
@@ -416,7 +423,7 @@ class TestTemperature:
         trainer.evaluate()
         assert len(set(texts)) == 1
 
-    @pytest.mark.parametrize("settings", [{}, {"use_transformers_continuous_batching": True}])
+    @pytest.mark.parametrize("settings", [{}, CONTINUOUS_BATCHING])
     def test_trls_generation(self, tmp_path, tokenizer, settings):
         model = None
         if not settings:  # a model that the cached sampler does not fit
