@@ -212,7 +212,7 @@ class TestOverflow:
     def test_a_first_prompt_without_room_is_a_failure(self, model, tokenizer):
         [episode], _ = play(model, tokenizer, num=1, context_length=40, window=True)
         assert episode.stop_reason is StopReason.FAILURE
-        assert "leaves no room" in episode.failure
+        assert "leaves no room" in episode.failures[-1].traceback
 
 
 def test_special_tokens_in_a_built_prompt_stay_plain(tokenizer):

@@ -318,7 +318,9 @@ class TestFaults:
         def reward(episodes, **kwargs):
             return [1000.0 if episode.failed else float(len(episode.turns)) for episode in episodes]
 
-        trainer = make_trainer(tmp_path, tokenizer, Crashing, trainer_kwargs={"reward_funcs": reward})
+        trainer = make_trainer(
+            tmp_path, tokenizer, Crashing, trainer_kwargs={"reward_funcs": reward}, env_max_retries=0
+        )
         trainer.model.train()
         trainer.current_gradient_accumulation_steps = 1
         inputs = trainer._prepare_inputs(next(iter(trainer.get_train_dataloader())))
@@ -331,7 +333,7 @@ class TestFaults:
         assert torch.isfinite(loss)
 
     def test_the_run_goes_on_and_counts_them(self, tmp_path, tokenizer):
-        trainer = make_trainer(tmp_path, tokenizer, Crashing)
+        trainer = make_trainer(tmp_path, tokenizer, Crashing, env_max_retries=0)
         trainer.train()
         assert trainer.state.global_step == 2
         assert any(0 < entry["episode/stop/failure"] < 1 for entry in logs(trainer))
@@ -361,7 +363,7 @@ class TestFaults:
             def step(self, action):
                 raise RuntimeError("boom")
 
-        trainer = make_trainer(tmp_path, tokenizer, Broken, weight_decay=0.0)
+        trainer = make_trainer(tmp_path, tokenizer, Broken, weight_decay=0.0, max_failed_fraction=1.0)
         before = weights(trainer)
         trainer.train()
         torch.testing.assert_close(weights(trainer), before)

@@ -93,6 +93,16 @@ class EPOConfig(GRPOConfig):
             How long generation waits for an environment to answer before it goes on with the other episodes, in
             seconds. What is sampled together, and so every result, is the same from run to run as long as all answers
             come in that time (`episode/late_answers` counts the others); `float("inf")` waits for each.
+        env_timeout (`float`, *optional*, defaults to `300.0`):
+            How long an environment may take for one answer, to `reset` or `step`, in seconds; `float("inf")` for any time.
+            One that takes longer has failed.
+        env_max_retries (`int`, *optional*, defaults to `1`):
+            How often a text episode whose environment fails (raises, dies, gives no answer or one that breaks the
+            contract) is played again from its start, with a new environment. If it fails each time it is left out of
+            loss and baseline.
+        max_failed_fraction (`float`, *optional*, defaults to `0.5`):
+            Training stops, with a checkpoint and an error, when a larger share of a generation batch's episodes (over
+            all processes) has failed in the end. `1.0`: never.
         invalid_action_penalty (`float`, *optional*, defaults to `0.0`):
             Subtracted from an episode's reward for each invalid action, in units of reward (paper: 0.1).
         context (`str`, *optional*, defaults to `"transcript"`):
@@ -244,6 +254,23 @@ class EPOConfig(GRPOConfig):
             "Results are the same from run to run as long as all answers come in that time."
         },
     )
+    env_timeout: float = field(
+        default=300.0, metadata={"help": "How long an environment may take for one answer, in seconds."}
+    )
+    env_max_retries: int = field(
+        default=1,
+        metadata={
+            "help": "How often an episode whose environment fails is played again, with a new environment, before it is "
+            "left out of training."
+        },
+    )
+    max_failed_fraction: float = field(
+        default=0.5,
+        metadata={
+            "help": "Training stops, with a checkpoint and an error, when a larger share of a generation batch's episodes "
+            "fails. 1.0: never."
+        },
+    )
     invalid_action_penalty: float = field(
         default=0.0,
         metadata={"help": "Subtracted from an episode's reward for each invalid action."},
@@ -393,6 +420,16 @@ class EPOConfig(GRPOConfig):
             )
         if not self.environment_patience >= 0:
             raise ValueError(f"`environment_patience` is {self.environment_patience}, but must be at least 0 seconds.")
+        if not self.env_timeout > 0:
+            raise ValueError(f"`env_timeout` is {self.env_timeout}, but must be above 0 seconds.")
+        if not isinstance(self.env_max_retries, int) or self.env_max_retries < 0:
+            raise ValueError(
+                f"`env_max_retries` is {self.env_max_retries!r}, but must be a whole number of at least 0."
+            )
+        if not 0.0 <= self.max_failed_fraction <= 1.0:
+            raise ValueError(
+                f"`max_failed_fraction` is {self.max_failed_fraction}, but must be from 0.0 (no episode may fail) to 1.0."
+            )
         if self.max_completion_length is not None and self.max_completion_length < 1:
             raise ValueError(
                 f"`max_completion_length` is {self.max_completion_length}, but must be at least 1 token, or `None` "

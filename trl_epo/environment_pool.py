@@ -1,20 +1,23 @@
 """Environments at work: each on a thread of its own, kept for the next batch of episodes."""
 
 import logging
+import math
 import threading
+import time
 from collections.abc import Callable
-from concurrent.futures import Future
+from concurrent.futures import Future, wait
 from queue import SimpleQueue
 from typing import Any
 
 import gymnasium
 
 from .envs.base import check_reset, check_step
+from .failures import EnvironmentTimeout
 
 
 logger = logging.getLogger(__name__)
 
-CLOSING_TIME = 5.0  # seconds that an environment has to close when the process ends
+CLOSING_TIME = 5.0  # seconds that environments have to close when the process ends
 
 EnvironmentFactory = Callable[[], gymnasium.Env]
 
@@ -31,13 +34,17 @@ class EnvironmentWorker:
     def __init__(self, factory: EnvironmentFactory):
         # This queue may be written to at any time, even by the garbage collector.
         self._tasks: SimpleQueue[tuple[Callable, Future] | None] = SimpleQueue()
+        self._made: list[gymnasium.Env] = []  # the environment, from when it is made
+        self._last_answer: Future | None = None
         # A daemon: an environment that hangs does not keep the process from ending.
-        self._thread = threading.Thread(target=_work, args=(factory, self._tasks), name="environment", daemon=True)
+        self._thread = threading.Thread(
+            target=_work, args=(factory, self._tasks, self._made), name="environment", daemon=True
+        )
         self._thread.start()
 
     def call(self, function: Callable[[gymnasium.Env], Any]) -> Future:
         """`function(environment)` on the environment's thread."""
-        future = Future()
+        future = self._last_answer = Future()
         self._tasks.put((function, future))
         return future
 
@@ -50,8 +57,22 @@ class EnvironmentWorker:
         return self.call(lambda env: check_step(env.step(action)))
 
     def close(self) -> None:
-        """Have the environment closed after what it still has to do; do not wait for it. An error in it is logged."""
+        """
+        Have the environment closed; do not wait for it. A call that is still under way is interrupted, if the
+        environment has a method `interrupt`, else it is let run. An error in either is logged.
+        """
+        if self._last_answer is not None and not self._last_answer.done():
+            for env in self._made:
+                try:
+                    getattr(env.unwrapped, "interrupt", lambda: None)()
+                except Exception:
+                    logger.warning("Interrupting an environment failed.", exc_info=True)
         self._tasks.put(None)
+
+    @property
+    def kind(self) -> str:
+        """The name of the environment's class; `"(not made yet)"` before it is made."""
+        return type(self._made[0]).__name__ if self._made else "(not made yet)"
 
     @property
     def is_alive(self) -> bool:
@@ -63,25 +84,25 @@ class EnvironmentWorker:
         self._thread.join(timeout)
 
 
-def _work(factory: EnvironmentFactory, tasks: SimpleQueue) -> None:
-    env = None
+def _work(factory: EnvironmentFactory, tasks: SimpleQueue, made: list[gymnasium.Env]) -> None:
     while (task := tasks.get()) is not None:
         function, future = task
         try:
-            if env is None:
-                env = factory()
-            answer = function(env)
+            if not made:
+                made.append(factory())
+            answer = function(made[0])
         except BaseException as error:  # an environment that calls `sys.exit` fails like any other
             future.set_exception(
                 error if isinstance(error, Exception) else RuntimeError(f"It raised {type(error).__name__}.")
             )
         else:
             future.set_result(answer)
-    try:
-        if hasattr(env, "close"):  # TRL's tool environments need not have it
-            env.close()
-    except Exception:
-        logger.warning("Closing an environment failed.", exc_info=True)
+    for env in made:
+        try:
+            if hasattr(env, "close"):  # TRL's tool environments need not have it
+                env.close()
+        except Exception:
+            logger.warning("Closing an environment failed.", exc_info=True)
 
 
 class EnvironmentPool:
@@ -90,9 +111,11 @@ class EnvironmentPool:
 
     Args:
         factory (`Callable` or `dict[str, Callable]`): Makes an environment; by name, if there are several.
+        timeout (`float`): How long an environment may take for an answer, in seconds.
     """
 
-    def __init__(self, factory: EnvironmentFactory | dict[str, EnvironmentFactory]):
+    def __init__(self, factory: EnvironmentFactory | dict[str, EnvironmentFactory], timeout: float = math.inf):
+        self.timeout = timeout
         self.named = isinstance(factory, dict)
         self._factories = factory if self.named else {None: factory}
         self._idle: dict[str | None, list[EnvironmentWorker]] = {name: [] for name in self._factories}
@@ -103,10 +126,22 @@ class EnvironmentPool:
         """The environments' names; `[None]` if there is a single, unnamed factory."""
         return list(self._factories)
 
-    def take(self, name: str | None) -> EnvironmentWorker:
-        """An environment that nobody uses. Raises `KeyError` if there is none of that name."""
+    def take(self, name: str | None, fresh: bool = False) -> EnvironmentWorker:
+        """An environment that nobody uses; a `fresh` one was never used. Raises `KeyError` if there is none of that name."""
         idle = self._idle[name]
-        return idle.pop() if idle else EnvironmentWorker(self._factories[name])
+        return idle.pop() if idle and not fresh else EnvironmentWorker(self._factories[name])
+
+    def wait_for(self, answer: Future) -> Any:
+        """What a worker answers. Raises `EnvironmentTimeout` if it takes too long, and what the environment raised."""
+        if not wait([answer], min(self.timeout, threading.TIMEOUT_MAX)).done:
+            raise self.no_answer()
+        return answer.result()
+
+    def no_answer(self) -> EnvironmentTimeout:
+        """The error for an answer that does not come."""
+        return EnvironmentTimeout(
+            f"The environment gave no answer in {self.timeout:g} seconds (`env_timeout`). If it is only slow, raise that."
+        )
 
     def give_back(self, name: str | None, worker: EnvironmentWorker) -> None:
         """Keep an environment for later."""
@@ -123,21 +158,22 @@ class EnvironmentPool:
             while idle:
                 self.discard(idle.pop())
         if not threading.main_thread().is_alive():  # the process ends, and its daemon threads with it
+            deadline = time.monotonic() + CLOSING_TIME
             for worker in self._closing:
-                worker.join(CLOSING_TIME)
+                worker.join(max(0.0, deadline - time.monotonic()))
 
 
 def make_environment_pool(
-    factory: EnvironmentFactory | dict[str, EnvironmentFactory] | None,
+    factory: EnvironmentFactory | dict[str, EnvironmentFactory] | None, timeout: float = math.inf
 ) -> EnvironmentPool | None:
     """A pool if the factories make text environments, `None` if there are none or they make TRL's tool environments."""
     if factory is None:
         return None
-    pool = EnvironmentPool(factory)
+    pool = EnvironmentPool(factory, timeout)
     kinds = {}
     for name in pool.names:
         worker = pool.take(name)
-        kinds[name] = worker.call(lambda env: isinstance(env, gymnasium.Env)).result()
+        kinds[name] = pool.wait_for(worker.call(lambda env: isinstance(env, gymnasium.Env)))
         pool.give_back(name, worker)
     if not all(kinds.values()):
         pool.close()

@@ -4,6 +4,8 @@ from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any
 
+from .failures import Failure
+
 
 class StopReason(str, Enum):
     """Why an episode ended."""
@@ -12,7 +14,7 @@ class StopReason(str, Enum):
     TRUNCATED = "truncated"  # the environment's turn limit
     MAX_TURNS = "max_turns"  # the trainer's turn limit
     TOKEN_BUDGET = "token_budget"  # no room for another turn in the episode's tokens
-    FAILURE = "failure"  # the environment raised or answered garbage; the episode is not trained on
+    FAILURE = "failure"  # it could not be played to an end, see `Episode.failures`; it is not trained on
 
 
 @dataclass(frozen=True)
@@ -62,7 +64,8 @@ class Episode:
         options (`dict`): The dataset row the environment was reset with.
         seed (`int`): The seed it was reset with.
         num_late_answers (`int`): How often generation went on without the environment's answer.
-        failure (`str` or `None`): The error, if `stop_reason` is a failure.
+        failures (`tuple[Failure, ...]`): The attempts to play it that failed. What else is told here is of the last
+            attempt, which failed as well if `stop_reason` is a failure.
         first_observation (`str`): What `reset` answered.
     """
 
@@ -75,7 +78,7 @@ class Episode:
     options: dict[str, Any] = field(default_factory=dict)
     seed: int = 0
     num_late_answers: int = 0
-    failure: str | None = None
+    failures: tuple[Failure, ...] = ()
     first_observation: str = ""
 
     @property

@@ -4,16 +4,17 @@ import logging
 import math
 import re
 import threading
-import traceback
+import time
 from collections import deque
-from collections.abc import Callable, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, wait
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ALL_COMPLETED, FIRST_COMPLETED, Future, wait
 from dataclasses import dataclass, field
 from typing import Any
 
 from .contexts import ContextRules, NextTurn, PastTurn, TurnView, add_observation
 from .environment_pool import EnvironmentPool, EnvironmentWorker
 from .episode import Episode, StopReason, Turn
+from .failures import BadInput, Failure, FailureKind, kind_of
 from .generation import Sample, TurnSampler
 
 
@@ -77,12 +78,14 @@ class Limits:
         max_turn_length (`int`): New tokens per action.
         max_concurrent_episodes (`float`): Episodes that are played at once.
         patience (`float`): How long generation waits for an environment's answer before it goes on without, in seconds.
+        max_retries (`int`): How often an episode whose environment fails is played again.
     """
 
     max_turns: int
     max_turn_length: int
     max_concurrent_episodes: float = math.inf
     patience: float = math.inf
+    max_retries: int = 0
 
 
 @dataclass
@@ -105,14 +108,20 @@ class _Playing:
     task: str | None = None
     num_late_answers: int = 0
     stop_reason: StopReason | None = None
-    failure: str | None = None
+    failures: tuple[Failure, ...] = ()
+    deadline: float = math.inf  # when the environment must have answered, on the clock of `time.monotonic`
 
     def reset(self, pool: EnvironmentPool) -> Future:
-        """Ask an environment for the first observation."""
+        """Ask an environment for the first observation: a new one, if another has failed."""
         try:
-            self.worker = pool.take(self.start.environment)
-        except KeyError as error:
-            return _failed(error)
+            self.worker = pool.take(self.start.environment, fresh=bool(self.failures))
+        except KeyError:
+            return _failed(
+                BadInput(
+                    f"The dataset row has `environment={self.start.environment!r}`, but must name one of {pool.names}."
+                )
+            )
+        self.deadline = time.monotonic() + pool.timeout
         return self.worker.reset(self.start.seed, self.start.options)
 
     def ask(self, index: int, sampler: TurnSampler, limits: Limits) -> None:
@@ -128,7 +137,7 @@ class _Playing:
             self.context += new_ids
         sampler.add(index, new_ids, min(limits.max_turn_length, room))
 
-    def act(self, sample: Sample, rules: ContextRules, action_parser: ActionParser) -> Future:
+    def act(self, sample: Sample, rules: ContextRules, action_parser: ActionParser, pool: EnvironmentPool) -> Future:
         """Ask the environment to answer the sampled action."""
         self.sample = sample
         self.context += sample.token_ids
@@ -136,26 +145,51 @@ class _Playing:
         try:
             self.action = action_parser(self.text)
         except Exception as error:
-            return _failed(error)
+            bad = BadInput(f"The action parser raised {type(error).__name__}: {error}")
+            bad.__cause__ = error
+            return _failed(bad)
+        self.deadline = time.monotonic() + pool.timeout
         return self.worker.step(
             self.action or ""
         )  # no action is an empty one: the environment answers in its own words
 
+    def give_up_waiting(self, pool: EnvironmentPool) -> Future:
+        """The environment has not answered in time: let go of it."""
+        pool.discard(self.worker)
+        self.worker = None
+        return _failed(pool.no_answer())
+
     def take_answer(self, answer: Future, rules: ContextRules, limits: Limits) -> None:
         """Note what the environment answered, and prepare the next turn or stop."""
+        kind = None
         try:
+            answered = answer.result()
+            kind = FailureKind.INVALID_ANSWER
+            self._note_info(answered[-1])
+            kind = FailureKind.INPUT
             if self.sample is None:
-                self._begin(*answer.result(), rules)
+                self._begin(*answered, rules)
             else:
-                self._note_turn(*answer.result(), rules, limits)
+                self._note_turn(*answered, rules, limits)
         except Exception as error:
+            kind = kind or kind_of(error)
+            action = None if self.sample is None else self.action
+            self.failures += (Failure.of(kind, error, len(self.turns), action),)
             self.stop_reason = StopReason.FAILURE
-            self.failure = "".join(traceback.format_exception(error))
             self.prompt = self.prompt or add_observation(self.start.prompt, "")
-            logger.warning("An episode failed and is left out of training:\n%s", self.failure)
+
+    def may_be_played_again(self, limits: Limits) -> bool:
+        """Whether a failed episode gets another try."""
+        last = self.failures[-1]
+        retry = last.kind.may_pass and len(self.failures) <= limits.max_retries
+        logger.warning("An episode failed and is %s: %s", "played again" if retry else "left out of training", last)
+        return retry
+
+    def again(self) -> "_Playing":
+        """The same episode, from its start."""
+        return _Playing(self.start, failures=self.failures, num_late_answers=self.num_late_answers)
 
     def _begin(self, observation: str, info: dict[str, Any], rules: ContextRules) -> None:
-        self._note_info(info)
         self.first_observation = observation
         self.prompt, self.next_turn = rules.first(self.start.prompt, observation, info)
         self.prompt_ids = tuple(self.next_turn.new_ids)
@@ -170,7 +204,6 @@ class _Playing:
         rules: ContextRules,
         limits: Limits,
     ) -> None:
-        self._note_info(info)
         token_ids, logprobs = self.sample
         is_first = not self.turns
         self.turns.append(
@@ -232,7 +265,7 @@ class _Playing:
             options=self.start.options,
             seed=self.start.seed,
             num_late_answers=self.num_late_answers,
-            failure=self.failure,
+            failures=self.failures,
             first_observation=self.first_observation,
         )
 
@@ -252,8 +285,9 @@ def play_episodes(
     depends on the episodes alone, not on how fast they answer, as long as each answer takes at most
     `limits.patience`; later ones join when they come, and are counted.
 
-    An environment that raises, or answers something other than the contract says, costs its own episode: it ends
-    with [`StopReason.FAILURE`] and the environment is replaced.
+    An environment that raises, dies, answers something other than the contract says, or gives no answer within
+    `pool.timeout`, costs its own episode. The environment is replaced and the episode played again from its start; after
+    `limits.max_retries` times it ends with [`StopReason.FAILURE`]. What went wrong is in `Episode.failures`.
 
     Returns:
         `list[Episode]`: In the order of `starts`.
@@ -285,9 +319,9 @@ def _play(
                 index = queue.popleft()
                 answers[index] = episodes[index].reset(pool)
                 num_open += 1
-            wait([answers[index] for index in answers.keys() - late], min(limits.patience, threading.TIMEOUT_MAX))
-            if not sampler.is_busy and not any(answer.done() for answer in answers.values()):
-                wait(answers.values(), return_when=FIRST_COMPLETED)
+            _wait(episodes, answers, answers.keys() - late, time.monotonic() + limits.patience, pool)
+            if not sampler.is_busy:
+                _wait(episodes, answers, answers.keys(), math.inf, pool, FIRST_COMPLETED)
             answered = sorted(index for index, answer in answers.items() if answer.done())
             for index in answers.keys() - late - set(answered):
                 episodes[index].num_late_answers += 1
@@ -299,12 +333,40 @@ def _play(
                 episode.take_answer(answers.pop(index), rules, limits)
                 if episode.stop_reason is None:
                     episode.ask(index, sampler, limits)
+                    continue
+                sampler.drop(index)
+                episode.leave(pool)
+                if episode.stop_reason is StopReason.FAILURE and episode.may_be_played_again(limits):
+                    episodes[index] = episode.again()
+                    answers[index] = episodes[index].reset(pool)
                 else:
-                    sampler.drop(index)
-                    episode.leave(pool)
                     num_open -= 1
         for index, sample in sampler.advance() if sampler.is_busy else ():
-            answers[index] = episodes[index].act(sample, rules, action_parser)
+            answers[index] = episodes[index].act(sample, rules, action_parser, pool)
+
+
+def _wait(
+    episodes: list[_Playing],
+    answers: dict[int, Future],
+    wanted: Iterable[int],
+    end: float,
+    pool: EnvironmentPool,
+    return_when: str = ALL_COMPLETED,
+) -> None:
+    """Wait until `end` for answers that are `wanted`; those that pass their deadline meanwhile become failures."""
+    while (now := time.monotonic()) < end and not _is_enough([answers[index] for index in wanted], return_when):
+        next_deadline = min(episodes[index].deadline for index in answers)
+        seconds = min(end - now, next_deadline - now, threading.TIMEOUT_MAX)
+        wait([answers[index] for index in wanted], max(seconds, 0.0), return_when)
+        now = time.monotonic()
+        for index, answer in answers.items():
+            if not answer.done() and episodes[index].deadline <= now:
+                answers[index] = episodes[index].give_up_waiting(pool)
+
+
+def _is_enough(answers: list[Future], return_when: str) -> bool:
+    done = [answer.done() for answer in answers]
+    return all(done) or (return_when == FIRST_COMPLETED and any(done))
 
 
 def _failed(error: Exception) -> Future:

@@ -60,12 +60,11 @@ def check_first_row(pool: EnvironmentPool, dataset) -> FirstRow:
     worker = pool.take(name)
     options = environment_options(row)
     try:
-        answer = worker.reset(seed=0, options=options).result()
+        answer = pool.wait_for(worker.reset(seed=0, options=options))
     except Exception as error:
-        kind = worker.call(lambda env: type(env).__name__).result()
         pool.discard(worker)
         raise ValueError(
-            f"The environment {kind} could not be reset with the dataset's first row {options}: {error} "
+            f"The environment {worker.kind} could not be reset with the dataset's first row {options}: {error} "
             "`trl_epo.check_env` tells what is wrong with an environment."
         ) from error
     pool.give_back(name, worker)

@@ -31,6 +31,7 @@ from .entropy_term import EntropyTerm, Moment
 from .environment_pool import make_environment_pool
 from .episode import Episode, StopReason, episode_row
 from .evaluation import evaluation_metrics
+from .failures import FailureLog
 from .generation import TurnSampler, make_logits_processors
 from .history import EntropyHistory
 from .metrics import EpisodeSummary, episode_metrics
@@ -43,12 +44,13 @@ from .rows import FirstRow, check_first_row, environment_options, placeholder_da
 logger = logging.getLogger(__name__)
 
 HISTORY_FILE = "entropy_history.json"
+FAILURES_FILE = os.path.join("episodes", "failures.jsonl")
 # Not directly below the checkpoint, where transformers takes every folder with an adapter for one of the policy's
 CRITIC_FOLDER = os.path.join("critic", "model")
 MAX_RESAMPLES = 3  # of a group whose returns are all equal
 DEFAULT_COMPLETION_LENGTH = 512  # TRL's default, in tokens
 # In the place of a row that accelerate repeats, to fill up the last batch of an evaluation.
-UNPLAYED = Episode([{"role": "user", "content": ""}], (), (), StopReason.FAILURE, failure="not played: a repeated row")
+UNPLAYED = Episode([{"role": "user", "content": ""}], (), (), StopReason.FAILURE)
 
 
 class EPOTrainer(SeamedGRPOTrainer):
@@ -147,7 +149,7 @@ class EPOTrainer(SeamedGRPOTrainer):
         self._num_resampled = 0  # groups that were played again for it
         self._critic: Critic | None = None
 
-        self._environments = make_environment_pool(environment_factory)
+        self._environments = make_environment_pool(environment_factory, args.env_timeout)
         if self._environments is not None:
             weakref.finalize(self, self._environments.close)  # also if what follows raises
             if rollout_func is not None:
@@ -258,7 +260,9 @@ class EPOTrainer(SeamedGRPOTrainer):
             max_turn_length=self.args.max_turn_length,
             max_concurrent_episodes=self.args.max_concurrent_episodes or math.inf,
             patience=self.args.environment_patience,
+            max_retries=self.args.env_max_retries,
         )
+        self._failures = FailureLog(Path(self.args.output_dir, FAILURES_FILE), self.is_world_process_zero())
         self._context_rules = ContextRules(
             self._chat,
             max_length=self.max_completion_length,
@@ -282,6 +286,7 @@ class EPOTrainer(SeamedGRPOTrainer):
         self._credit = CreditAssigner(self.args, self.accelerator, self._critic)
 
     def prepare_rows(self, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        before = self.entropy_history.state_dict()
         if self.mode == "train":
             self.entropy_history.begin_step()
         if self._environments is None:
@@ -300,7 +305,10 @@ class EPOTrainer(SeamedGRPOTrainer):
                 for i, episode in zip(flat, self._play([others[i] for i in flat], sampler), strict=True):
                     episodes[i] = episode
         summaries = [EpisodeSummary.of(episode, group) for episode, group in zip(episodes, groups, strict=True)]
-        self._summaries[self.mode] += gather_object(summaries)
+        summaries = gather_object(summaries)  # of all processes
+        self._summaries[self.mode] += summaries
+        failures = self._failures.share(self.mode, step=self.state.global_step, rl_step=self.entropy_history.step)
+        self._check_failed_fraction(summaries, failures, before)
         episodes += [UNPLAYED] * (len(rows) - len(groups))
         self._episodes = episodes
         pad_id = self._tokenizer.pad_token_id
@@ -325,13 +333,32 @@ class EPOTrainer(SeamedGRPOTrainer):
         ]
 
     def _play(self, starts: list[EpisodeStart], sampler: TurnSampler) -> list[Episode]:
-        return play_episodes(
+        episodes = play_episodes(
             starts=starts,
             pool=self._environments,
             rules=self._context_rules,
             sampler=sampler,
             limits=self._episode_limits,
             action_parser=self._action_parser,
+        )
+        self._failures.note(episodes)
+        return episodes
+
+    def _check_failed_fraction(
+        self, summaries: list[EpisodeSummary], failures: list[dict[str, Any]], history: dict[str, Any]
+    ) -> None:
+        """Stop, with a checkpoint, if too many of a generation batch failed; `history` is that of before the batch."""
+        num_failed = sum(summary.stop_reason is StopReason.FAILURE for summary in summaries)
+        if self.mode == "eval" or num_failed <= self.args.max_failed_fraction * len(summaries):
+            return
+        self.entropy_history.load_state_dict(history)
+        folder = self.save_checkpoint()
+        first = failures[0]
+        raise RuntimeError(
+            f"{num_failed} of {len(summaries)} episodes failed, more than `max_failed_fraction="
+            f"{self.args.max_failed_fraction}` allows. The first: {first['kind']} after {first['num_turns']} turns: "
+            f"{first['cause']}\nAll of them, with tracebacks: {self._failures.path}. When the environment is mended, go on "
+            f"from {folder} with `resume_from_checkpoint=True`."
         )
 
     def _group_numbers(self, num_rows: int) -> list[int]:
@@ -451,6 +478,9 @@ class EPOTrainer(SeamedGRPOTrainer):
         metrics_of = episode_metrics if self.mode == "train" else evaluation_metrics
         for name, value in metrics_of(self._summaries[self.mode]).items():
             self.set_metric(name, value)
+        if self._environments is not None:
+            for name, value in self._failures.metrics(self.mode).items():
+                self.set_metric(name, value)
         self._summaries[self.mode].clear()
         if self.mode == "eval":
             self.label_eval_metrics(self._eval_prefix.removeprefix("eval").lstrip("_"))

@@ -102,7 +102,7 @@ def count(tokenizer, turns: int, window: bool, script: ContextArguments) -> dict
         [episode] = play_episodes(starts, pool, rules, sampler, Limits(max_turns=turns, max_turn_length=10**9))
         pool.close()
         if episode.failed:
-            raise ValueError(f"An episode of {turns} turns could not be played:\n{episode.failure}")
+            raise ValueError(f"An episode of {turns} turns could not be played:\n{episode.failures[-1].traceback}")
         seed += 1
         if len(episode.turns) == turns:  # not those that do the chore by chance
             episodes.append(episode)

@@ -232,7 +232,7 @@ class AlfWorld(ProcessEnv):
             give 50.
 
     Raises:
-        RuntimeError: From `reset` and `step`, if the process died. The episode is lost, the next reset starts another.
+        EnvironmentDied: From `reset` and `step`, if the process died. The episode is lost, the next reset starts another.
     """
 
     def __init__(self, game: str | os.PathLike | None = None, turns: int | None = 50):

@@ -12,6 +12,14 @@ MAX_OBSERVATION_LENGTH = 100_000  # characters
 MAX_ACTION_LENGTH = 1_000  # characters
 
 
+class EnvironmentDied(RuntimeError):
+    """The process that an environment lives in has died. The episode is lost; the next `reset` starts another process."""
+
+
+class InvalidAnswer(ValueError):
+    """An answer of an environment that breaks the contract."""
+
+
 class TextEnv(gymnasium.Env[str, str]):
     """
     Base class of the environments in this package. Any other `gymnasium.Env` that keeps to the same contract works as
@@ -29,6 +37,9 @@ class TextEnv(gymnasium.Env[str, str]):
     - `"invalid_action"` (`bool`): the environment did not understand this action.
     - `"task"` (`str`): the kind of task, for success rates per task.
 
+    An environment whose calls can be ended from outside may have a method `interrupt()`. It is called from another thread
+    when a call does not return in time, or is not waited for any more; that call then has to raise. `close` follows.
+
     By convention `"admissible_actions"` (`list[str]`) holds what may be done now; only the default prompt of a window shows it.
     """
 
@@ -37,9 +48,9 @@ class TextEnv(gymnasium.Env[str, str]):
 
 
 def check_reset(result: Any) -> tuple[str, dict[str, Any]]:
-    """Return the answer of `reset` if it keeps to the contract; raise a `TypeError` that says what is wrong if not."""
+    """Return the answer of `reset` if it keeps to the contract; raise an [`InvalidAnswer`] that says what is wrong if not."""
     if not isinstance(result, tuple) or len(result) != 2:
-        raise TypeError(f"`reset` returned {_describe(result)}, but must return `(observation, info)`.")
+        raise InvalidAnswer(f"`reset` returned {_describe(result)}, but must return `(observation, info)`.")
     _check_text_and_info("reset", *result)
     return result
 
@@ -49,11 +60,10 @@ def check_step(result: Any) -> tuple[str, float, bool, bool, dict[str, Any]]:
     Return the answer of `step` if it keeps to the contract, with the reward as a `float`.
 
     Raises:
-        TypeError: If a part has the wrong type.
-        ValueError: If the reward is not finite.
+        InvalidAnswer: If a part has the wrong type, or the reward is not finite.
     """
     if not isinstance(result, tuple) or len(result) != 5:
-        raise TypeError(
+        raise InvalidAnswer(
             f"`step` returned {_describe(result)}, but must return `(observation, reward, terminated, truncated, info)`."
         )
     observation, reward, terminated, truncated, info = result
@@ -61,17 +71,23 @@ def check_step(result: Any) -> tuple[str, float, bool, bool, dict[str, Any]]:
     try:
         reward = float(reward)
     except (TypeError, ValueError):
-        raise TypeError(f"`step` returned the reward {reward!r}, but it must be a number.") from None
+        raise InvalidAnswer(f"`step` returned the reward {reward!r}, but it must be a number.") from None
     if not math.isfinite(reward):
-        raise ValueError(f"`step` returned the reward {reward}, but it must be finite.")
-    return observation, reward, bool(terminated), bool(truncated), info
+        raise InvalidAnswer(f"`step` returned the reward {reward}, but it must be finite.")
+    try:
+        return observation, reward, bool(terminated), bool(truncated), info
+    except Exception as error:
+        raise InvalidAnswer(
+            f"`step` returned terminated={_describe(terminated)} and truncated={_describe(truncated)}, but both must be "
+            "`bool`."
+        ) from error
 
 
 def _check_text_and_info(method: str, observation: Any, info: Any) -> None:
     if not isinstance(observation, str):
-        raise TypeError(f"`{method}` returned the observation {_describe(observation)}, but it must be a `str`.")
+        raise InvalidAnswer(f"`{method}` returned the observation {_describe(observation)}, but it must be a `str`.")
     if not isinstance(info, dict):
-        raise TypeError(f"`{method}` returned the info {_describe(info)}, but it must be a `dict`.")
+        raise InvalidAnswer(f"`{method}` returned the info {_describe(info)}, but it must be a `dict`.")
 
 
 def _describe(value: Any) -> str:

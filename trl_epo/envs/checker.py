@@ -5,7 +5,7 @@ from typing import Any
 
 import gymnasium
 
-from .base import check_reset, check_step
+from .base import InvalidAnswer, check_reset, check_step
 
 
 SEED = 0
@@ -60,7 +60,7 @@ def _check_episode(env: gymnasium.Env, options: dict[str, Any]) -> list[str]:
             return None
         try:
             return check(answer)
-        except (TypeError, ValueError) as error:
+        except InvalidAnswer as error:
             problems.append(f"{what}: {error}")
             return None
 

@@ -1,16 +1,27 @@
 """Environments in processes of their own, for simulators that cannot share one."""
 
+import ctypes
+import os
+import signal
+import sys
+import threading
+import time
 from collections.abc import Callable
-from concurrent.futures import BrokenExecutor
+from concurrent.futures import BrokenExecutor, ThreadPoolExecutor
 from typing import Any
 
 import gymnasium
 from loky import ProcessPoolExecutor
+from loky.process_executor import ShutdownExecutorError
 
-from .base import TextEnv
+from .base import EnvironmentDied, TextEnv
 
 
 _env: gymnasium.Env | None = None  # in the environment's own process
+
+# Linux ends a process when the *thread* ends that has started it: they are all started by this one.
+_starter = ThreadPoolExecutor(max_workers=1, thread_name_prefix="starts-environments")
+PR_SET_PDEATHSIG = 1
 
 
 class ProcessEnv(TextEnv):
@@ -22,23 +33,29 @@ class ProcessEnv(TextEnv):
     trainer = EPOTrainer(..., environment_factory=lambda: ProcessEnv(MySimulator))
     ```
 
-    The process starts with the first reset, without what this one has imported, and ends with `close`.
+    The process starts with the first reset, without what this one has imported. It ends with `close`, with `interrupt`,
+    and when this process ends, however that happens.
 
     Args:
         factory (`Callable[[], gymnasium.Env]`): Makes the environment, in its process. May be a lambda; what it refers
             to is sent along with `cloudpickle`.
+        memory_limit (`int`, *optional*): Bytes of data that the process may hold (Linux: `RLIMIT_DATA`). One that leaks
+            gets a `MemoryError` there, which costs its episode, instead of taking the whole machine's memory.
 
     Raises:
-        RuntimeError: From `reset` and `step`, if the process died.
+        EnvironmentDied: From `reset` and `step`, if the process died.
     """
 
-    def __init__(self, factory: Callable[[], gymnasium.Env]):
+    def __init__(self, factory: Callable[[], gymnasium.Env], memory_limit: int | None = None):
+        if memory_limit is not None and memory_limit < 1:
+            raise ValueError(f"memory_limit={memory_limit!r}: expected a number of bytes, or None for no limit")
         self._factory = factory
+        self._memory_limit = memory_limit
         self._process: ProcessPoolExecutor | None = None
 
     def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[str, dict[str, Any]]:
         if self._process is None:
-            self._process = ProcessPoolExecutor(max_workers=1, timeout=None)
+            self._process = _starter.submit(self._start).result()
         return self._ask(_reset, self._factory, seed, options)
 
     def step(self, action: str) -> tuple[str, float, bool, bool, dict[str, Any]]:
@@ -51,14 +68,49 @@ class ProcessEnv(TextEnv):
             self._process.shutdown(wait=True, kill_workers=True)
             self._process = None
 
+    def interrupt(self) -> None:
+        """Kill the process; a call that waits for it, on another thread, raises `EnvironmentDied`."""
+        if (process := self._process) is not None:
+            process.shutdown(wait=False, kill_workers=True)
+
+    def _start(self) -> ProcessPoolExecutor:
+        process = ProcessPoolExecutor(
+            max_workers=1,
+            timeout=None,
+            initializer=_begin_process,
+            initargs=(os.getpid(), self._memory_limit),
+            env={"LOKY_MAX_MEMORY_LEAK_SIZE": "1e18"},  # a process that has grown is not exchanged in mid-episode
+        )
+        # Should this process end: do not wait for what the other one is about. There is no argument for it.
+        process._flags.kill_workers = True
+        process.submit(os.getpid)  # this starts it
+        return process
+
     def _ask(self, function: Callable, *args) -> Any:
         try:
             return self._process.submit(function, *args).result()
-        except BrokenExecutor as error:
+        except (BrokenExecutor, ShutdownExecutorError) as error:
             self.close()
-            raise RuntimeError(
+            raise EnvironmentDied(
                 "The environment's process died. The episode is lost: call env.reset(), which starts another."
             ) from error
+
+
+def _begin_process(parent: int, memory_limit: int | None) -> None:
+    if sys.platform == "linux":  # at once, and also if it is stopped
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    threading.Thread(target=_end_with, args=(parent,), name="ends-with-parent", daemon=True).start()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal's Ctrl-C is for the parent, who decides what ends
+    if memory_limit is not None:
+        import resource
+
+        resource.setrlimit(resource.RLIMIT_DATA, (memory_limit, resource.getrlimit(resource.RLIMIT_DATA)[1]))
+
+
+def _end_with(parent: int) -> None:
+    while os.getppid() == parent:
+        time.sleep(1)
+    os._exit(1)
 
 
 def _reset(factory: Callable[[], gymnasium.Env], seed: int | None, options: dict[str, Any] | None) -> Any:

@@ -20,7 +20,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-from .base import TextEnv
+from .base import EnvironmentDied, TextEnv
 
 
 if TYPE_CHECKING:
@@ -80,7 +80,11 @@ _JAVA_SPACE = "".join(map(chr, range(33)))  # what Java's String.trim takes away
 
 
 class SimulatorError(RuntimeError):
-    """ScienceWorld itself failed, for example because its Java process was killed. The episode is lost."""
+    """ScienceWorld itself failed. The episode is lost."""
+
+
+class SimulatorDied(SimulatorError, EnvironmentDied):
+    """ScienceWorld's Java process has died, and with it the episodes of all environments of this process."""
 
 
 def tasks(split: str, names: Sequence[str] | None = None, simplification: str = "easy") -> "Dataset":
@@ -233,6 +237,12 @@ class ScienceWorld(TextEnv):
         self._world = self._row = None
         self._running = False
 
+    def interrupt(self) -> None:
+        """Kills the JVM: a call that waits for it raises `SimulatorDied`, and so does the next of each environment in it."""
+        jvm = _jvm if self._world is None else self._world.jvm
+        if jvm is not None:
+            jvm.kill()
+
     def _begin(self, expert: bool = False) -> tuple[str, dict[str, Any], list[str]]:
         self._running = False
         if self._world is None or not self._world.jvm.alive():
@@ -345,7 +355,7 @@ class _Simulator:
 
         with self.lock:
             if self.jvm.ended:
-                raise SimulatorError(self.jvm.ended)
+                raise SimulatorDied(self.jvm.ended)
             try:
                 if self._server_class is None:
                     self._load_classes()
@@ -358,7 +368,7 @@ class _Simulator:
                 raise SimulatorError(f"ScienceWorld raised {reason}. The episode is lost: call env.reset()") from error
             except Py4JError as error:
                 self.jvm.end(patience=1)
-                raise SimulatorError(self.jvm.ended) from error
+                raise SimulatorDied(self.jvm.ended) from error
 
     def load(self, server: Any, task: str, variation: int, simplification: str, expert: bool) -> str:
         """Begins an episode; returns the simplifications in force, "easy" spelled out."""
@@ -439,6 +449,11 @@ class _Jvm:
 
     def alive(self) -> bool:
         return not self.ended and self.process.poll() is None
+
+    def kill(self) -> None:
+        """Ends the process from any thread, whatever another one waits for in it; no new call begins."""
+        self.ended = self.ended or "ScienceWorld's Java process was killed, for it did not answer. Call env.reset()"
+        self.process.kill()
 
     def end(self, patience: float = 0) -> None:
         """Ends the process, unless it ends by itself within `patience` seconds."""
