@@ -67,6 +67,8 @@ def test_every_new_field_is_documented():
         ({"max_turns": 0}, "max_turns.*0.*at least 1"),
         ({"max_turns": 2.5}, "max_turns.*2.5.*whole number"),
         ({"max_concurrent_episodes": 0}, "max_concurrent_episodes.*0.*at least 1"),
+        ({"max_nonfinite_steps": 0}, "max_nonfinite_steps.*0.*at least 1"),
+        ({"max_nonfinite_steps": 2.5}, "max_nonfinite_steps.*2.5.*whole number"),
         ({"environment_patience": -1.0}, "environment_patience.*-1.0.*at least 0"),
         ({"env_timeout": 0.0}, "env_timeout.*0.0.*above 0"),
         ({"env_timeout": float("nan")}, "env_timeout.*nan"),
@@ -91,6 +93,11 @@ def test_large_smoothing_coef_is_allowed(tmp_path):
 
 def test_trls_adaptive_entropy_without_epos_terms(tmp_path):
     assert config(tmp_path, use_adaptive_entropy=True, entropy_coef=0.0).use_adaptive_entropy
+
+
+def test_trainers_own_checkpoint_on_sigterm_is_not_needed(tmp_path):
+    # It would save before the optimizer step, end without an exit code, and leave the other processes alone.
+    assert not config(tmp_path, enable_jit_checkpoint=True).enable_jit_checkpoint
 
 
 def test_command_line(tmp_path):

@@ -1,11 +1,11 @@
 """
-Every private name of TRL that this package relies on, and nothing else.
+Every private name of TRL that this package relies on, and nothing else; those of faults and checkpoints are in
+`_fault_seams.py`.
 
 `SeamedGRPOTrainer` turns them into a few methods with names of their own, which `EPOTrainer` overrides. The list
 `SIGNATURES` is checked against the installed TRL by `tests/test_trl_seams.py`.
 """
 
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -15,13 +15,12 @@ from accelerate.utils import gather, is_peft_model, set_seed
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from transformers import PreTrainedModel
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import logging
-from trl import GRPOTrainer
 from trl.models import unwrap_model_for_generation
 from trl.trainer import utils as trl_utils
 from trl.trainer.utils import RepeatSampler, pad
 
+from ._fault_seams import FaultTolerantGRPOTrainer
 from .generation import (
     CachedTurnSampler,
     RequestTurnSampler,
@@ -71,9 +70,6 @@ SIGNATURES = {
     "_get_train_sampler": ("self", "dataset"),
     "_get_eval_sampler": ("self", "eval_dataset"),
     "prediction_step": ("self", "model", "inputs", "prediction_loss_only", "ignore_keys"),
-    "_save_checkpoint": ("self", "model", "trial"),
-    "_load_best_model": ("self",),
-    "_load_optimizer_and_scheduler": ("self", "checkpoint"),
     "compute_loss": ("self", "model", "inputs", "return_outputs", "num_items_in_batch"),
     "log": ("self", "logs", "start_time"),
 }
@@ -148,7 +144,7 @@ def _head_tiles(device: torch.device) -> Iterator[None]:
         trl_utils._CHUNKED_LOGPROB_CHUNK_SIZE = usual
 
 
-class SeamedGRPOTrainer(GRPOTrainer):
+class SeamedGRPOTrainer(FaultTolerantGRPOTrainer):
     """`GRPOTrainer` with its private seams under names of our own."""
 
     def __init__(self, *args, **kwargs):
@@ -179,15 +175,6 @@ class SeamedGRPOTrainer(GRPOTrainer):
         without gradient; returns the advantages that the policy loss uses, of either shape.
         """
         return advantages
-
-    def save_extras(self, checkpoint: str) -> None:
-        """Called with the folder of a checkpoint that was just written, on the process that writes."""
-
-    def load_extras(self, checkpoint: str) -> None:
-        """Called with the folder of the checkpoint that training resumes from, on every process."""
-
-    def load_best_extras(self, checkpoint: str) -> None:
-        """Called with the folder of the best checkpoint, when the model was loaded from it at the end of training."""
 
     # What a subclass may use
 
@@ -507,18 +494,3 @@ class SeamedGRPOTrainer(GRPOTrainer):
         if self._plays_episodes:
             sampler.shuffle = False  # a panel: what a row is played with depends on its place
         return sampler
-
-    def _save_checkpoint(self, model, trial):
-        super()._save_checkpoint(model, trial)
-        if self.args.should_save:
-            folder = f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
-            self.save_extras(os.path.join(self._get_output_dir(trial=trial), folder))
-
-    def _load_best_model(self):
-        super()._load_best_model()
-        self.load_best_extras(self.state.best_model_checkpoint)
-
-    def _load_optimizer_and_scheduler(self, checkpoint):
-        super()._load_optimizer_and_scheduler(checkpoint)
-        if checkpoint is not None:
-            self.load_extras(checkpoint)

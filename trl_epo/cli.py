@@ -22,9 +22,9 @@ import gymnasium
 from datasets import Dataset
 from peft import AutoPeftModelForCausalLM
 from transformers import AutoConfig
-from transformers.trainer_utils import get_last_checkpoint
 from trl import ModelConfig, TrlParser, get_peft_config, get_quantization_config
 
+from .checkpoints import last_whole_checkpoint
 from .config import EPOConfig
 from .trainer import EPOTrainer
 
@@ -73,7 +73,7 @@ class ScriptArguments:
         train_size, eval_size (`int`, *optional*):
             Rows of the training split and of each evaluation set. `None`: all of them.
         resume (`bool`, *optional*, defaults to `False`):
-            Train on from the newest checkpoint in `output_dir`, if there is one. (`resume_from_checkpoint` names one.)
+            Train on from the newest whole checkpoint in `output_dir`, if there is one. (`resume_from_checkpoint` names one.)
         results (`str`, *optional*):
             The JSON file that `evaluate` writes. `None`: `evaluation.json` in `output_dir`.
     """
@@ -99,7 +99,7 @@ class ScriptArguments:
     train_size: int | None = field(default=None, metadata={"help": "Rows to train on. None: all."})
     eval_size: int | None = field(default=None, metadata={"help": "Rows of each evaluation set. None: all."})
     resume: bool = field(
-        default=False, metadata={"help": "Train on from the newest checkpoint in `output_dir`, if there is one."}
+        default=False, metadata={"help": "Train on from the newest whole checkpoint in `output_dir`, if there is one."}
     )
     results: str | None = field(
         default=None, metadata={"help": "JSON file that `evaluate` writes. None: evaluation.json in `output_dir`."}
@@ -251,7 +251,7 @@ def train(script: ScriptArguments, args: EPOConfig, model_args: ModelConfig) -> 
     )
     checkpoint = args.resume_from_checkpoint
     if checkpoint is None and script.resume and os.path.isdir(args.output_dir):
-        checkpoint = get_last_checkpoint(args.output_dir)
+        checkpoint = last_whole_checkpoint(args.output_dir)
     trainer.train(resume_from_checkpoint=checkpoint)
     trainer.save_model()
     trainer.save_state()

@@ -144,6 +144,9 @@ class EPOConfig(GRPOConfig):
             `None`: they stay (and bear the entropy term and the KL penalty). `"mask"`: they are left out of
             the loss. `"resample"`: they are played again, up to three times, with new seeds where the dataset gives
             none, and then left out.
+        max_nonfinite_steps (`int`, *optional*, defaults to `10`):
+            Training ends with an error, after a checkpoint, when this many optimizer steps in a row had a loss or a
+            gradient that is not finite. Such a step is left out: weights and optimizer stay as they are.
         eval_temperature (`float`, *optional*):
             Sampling temperature of evaluations, whatever generates (paper: 0.4). `None`: `temperature`.
     """
@@ -325,6 +328,13 @@ class EPOConfig(GRPOConfig):
             "choices": GROUP_FILTERS,
         },
     )
+    max_nonfinite_steps: int = field(
+        default=10,
+        metadata={
+            "help": "Training ends when this many optimizer steps in a row had a loss or a gradient that is not finite; "
+            "each of them is left out."
+        },
+    )
     eval_temperature: float | None = field(
         default=None, metadata={"help": "Sampling temperature of evaluations. None: `temperature`."}
     )
@@ -336,6 +346,15 @@ class EPOConfig(GRPOConfig):
             # A collective operation in every forward, of which processes with different episodes make different numbers.
             self.ddp_broadcast_buffers = False
         super().__post_init__()
+        if getattr(self, "enable_jit_checkpoint", False):
+            logger.warning_once(
+                "`enable_jit_checkpoint` is not needed: on SIGTERM EPOTrainer always writes a checkpoint."
+            )
+            self.enable_jit_checkpoint = False
+        if not isinstance(self.max_nonfinite_steps, int) or self.max_nonfinite_steps < 1:
+            raise ValueError(
+                f"`max_nonfinite_steps` is {self.max_nonfinite_steps!r}, but must be a whole number of at least 1."
+            )
         self._check_entropy_terms()
         self._check_episodes()
         self._check_credit()

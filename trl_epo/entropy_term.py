@@ -167,7 +167,8 @@ class EntropyTerm:
         args, reference = self.args, self._reference(batch, moment)
         turn_ids = batch["turn_ids"]
         dtype = torch.float32 if entropies.device.type == "mps" else torch.float64  # MPS has no float64
-        action = action_mask(batch).bool()
+        # A token whose entropy is not finite would stay in the history for good; its optimizer step is left out.
+        action = action_mask(batch).bool() & entropies.isfinite()
         num_turns = turn_ids.max(dim=1, keepdim=True).values + 1  # (B, 1)
         late = action & (2 * turn_ids >= num_turns) & (num_turns > 1)
         early = action & ~late

@@ -351,8 +351,10 @@ class CachedTurnSampler:
         for row, token, logprob in zip(rows, drawn.flatten().tolist(), logprobs.flatten().tolist(), strict=True):
             if token < 0:
                 raise RuntimeError(
-                    "There is no token to sample: the model's logits are not finite (has training diverged?), or the "
-                    "generation settings suppress all tokens."
+                    "There is no token to sample: the model's logits are not finite, or the generation settings suppress "
+                    "all tokens. Look for weights that are not finite in the model that training began with, for fp16, "
+                    "whose range bf16 and float32 do not leave, and at `generation_kwargs`; if training diverged, resume "
+                    "from an earlier checkpoint with a lower `learning_rate`."
                 )
             row.tokens.append(token)
             row.token_ids.append(token)

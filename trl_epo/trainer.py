@@ -39,6 +39,7 @@ from .model_card import complete_model_card
 from .objective import turn_ids_from_mask
 from .rollout import ActionParser, EpisodeStart, Limits, parse_action, parse_tagged_action, play_episodes
 from .rows import FirstRow, check_first_row, environment_options, placeholder_dataset
+from .run_state import summaries_as_json, summaries_from_json
 
 
 logger = logging.getLogger(__name__)
@@ -229,6 +230,7 @@ class EPOTrainer(SeamedGRPOTrainer):
 
     def train(self, *args, **kwargs):
         self.entropy_term.history = EntropyHistory()  # a resumed run loads its own
+        self._summaries["train"].clear()
         return super().train(*args, **kwargs)
 
     @property
@@ -486,10 +488,14 @@ class EPOTrainer(SeamedGRPOTrainer):
             self.label_eval_metrics(self._eval_prefix.removeprefix("eval").lstrip("_"))
         super().log(logs, start_time)
 
-    def create_model_card(self, model_name=None, dataset_name=None, tags=None) -> None:
-        super().create_model_card(model_name, dataset_name, tags)
-        if self.is_world_process_zero():
-            complete_model_card(Path(self.args.output_dir) / "README.md", self.args, self.state.log_history)
+    def extend_model_card(self, path: Path) -> None:
+        complete_model_card(path, self.args, self.state.log_history)
+
+    def pending_figures(self) -> dict[str, Any]:
+        return {"episodes": summaries_as_json(self._summaries["train"])}
+
+    def restore_pending_figures(self, figures: dict[str, Any]) -> None:
+        self._summaries["train"] = summaries_from_json(figures["episodes"])
 
     def save_extras(self, checkpoint: str) -> None:
         with open(os.path.join(checkpoint, HISTORY_FILE), "w") as file:

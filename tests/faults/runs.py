@@ -1,0 +1,215 @@
+"""Runs in processes of their own, to be interrupted and killed: `python runs.py FUNCTION FOLDER`."""
+
+import atexit
+import json
+import math
+import os
+import random
+import resource
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import torch
+from conftest import Corridor, make_model, make_tokenizer
+from transformers import TrainerCallback
+
+import trl_epo
+from trl_epo import EPOConfig, EPOTrainer
+from trl_epo.checkpoints import last_whole_checkpoint
+
+
+SETTINGS = {
+    "per_device_train_batch_size": 4,
+    "num_generations": 4,
+    "steps_per_generation": 2,
+    "num_iterations": 2,
+    "max_turns": 2,
+    "max_turn_length": 4,
+    "max_steps": 7,
+    "learning_rate": 1e-2,
+    "entropy_coef": 0.5,
+    "logging_steps": 1,
+    "save_strategy": "no",
+    "use_cpu": True,
+    "bf16": False,
+    "gradient_checkpointing": False,
+    "disable_tqdm": True,
+}
+
+
+class Poisoned(EPOTrainer):
+    """Its loss is NaN in the first micro-batch of some steps, counted from 0."""
+
+    poisoned_steps = ()
+
+    def compute_loss(self, *args, **kwargs):
+        loss = super().compute_loss(*args, **kwargs)
+        first = self.optimizer_micro_step % self.args.gradient_accumulation_steps == 0
+        return loss * math.nan if first and self.state.global_step in self.poisoned_steps else loss
+
+
+def make_trainer(folder: Path, *callbacks, dataset=None, trainer_class=EPOTrainer, **kwargs) -> EPOTrainer:
+    return trainer_class(
+        make_model(),
+        args=EPOConfig(str(folder), **{**SETTINGS, **kwargs}),
+        eval_dataset=dataset,
+        processing_class=make_tokenizer(),
+        environment_factory=Corridor,
+        callbacks=list(callbacks),
+    )
+
+
+def weights(trainer: EPOTrainer) -> torch.Tensor:
+    return torch.cat([parameter.detach().flatten() for parameter in trainer.model.parameters()])
+
+
+def same(first: EPOTrainer, second: EPOTrainer) -> bool:
+    histories = [trainer.entropy_history.state_dict() for trainer in (first, second)]
+    return torch.equal(weights(first), weights(second)) and histories[0] == histories[1]
+
+
+def say(text: str) -> None:
+    """Tell the test, in one piece, whatever other processes write."""
+    sys.stdout.write(text + "\n")
+
+
+class When(TrainerCallback):
+    """Calls something when a step has had an event."""
+
+    def __init__(self, event: str, step: int, act):
+        def happen(args, state, control, **kwargs):
+            if state.global_step == step:
+                act()
+
+        setattr(self, event, happen)
+
+
+class Steps(TrainerCallback):
+    """Tells of each step on standard output, and takes its time."""
+
+    def on_step_end(self, args, state, control, **kwargs):
+        say(f"step {state.global_step}")
+        time.sleep(0.3)
+
+
+def start(function: str, folder: Path, processes: int = 1) -> subprocess.Popen:
+    """Call a function of this file in another process, or in several."""
+    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+    path = os.pathsep.join([str(Path(__file__).parents[1]), str(Path(trl_epo.__file__).parents[1])])
+    with open(folder / "stderr.txt", "w") as errors:
+        return subprocess.Popen(
+            [sys.executable, *(launcher if processes > 1 else ()), __file__, function, str(folder)],
+            env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path, "PYTHONUNBUFFERED": "1"},
+            stdout=subprocess.PIPE,
+            stderr=errors,
+            text=True,
+        )
+
+
+def wait_for_step(process: subprocess.Popen, step: int) -> None:
+    for line in process.stdout:
+        if line.strip() == f"step {step}":
+            return
+    raise AssertionError(f"The run ended before step {step}.")
+
+
+def one(folder: Path) -> None:
+    """A run that leaves files where a `finally` and an `atexit` come by."""
+    rank = os.environ.get("RANK", "0")
+    atexit.register(lambda: Path(folder, f"atexit{rank}").touch())
+    try:
+        make_trainer(folder, Steps()).train()
+    finally:
+        Path(folder, f"finally{rank}").touch()
+
+
+def two(folder: Path) -> None:
+    """
+    On two processes: a run that is interrupted on one of them and resumed, compared to one that is not; and another run
+    until it is interrupted.
+    """
+    rank = int(os.environ["RANK"])
+    kwargs = {"num_generations": 8, "max_steps": 5}
+    whole = make_trainer(folder / "whole", **kwargs)
+    whole.train()
+    terminates = When("on_step_end", 3, lambda: rank == 1 and signal.raise_signal(signal.SIGTERM))
+    try:
+        make_trainer(folder / "stopped", terminates, **kwargs).train()
+    except SystemExit as exit:
+        code = exit.code
+    resumed = make_trainer(folder / "stopped", **kwargs)
+    resumed.train(resume_from_checkpoint=True)
+    results = {"code": code, "checkpoint": last_whole_checkpoint(folder / "stopped"), "same": same(resumed, whole)}
+    poisoned = make_trainer(folder / "poisoned", trainer_class=Poisoned, **kwargs)
+    poisoned.poisoned_steps = (1, 2) if rank == 1 else ()
+    poisoned.train()
+    results["nonfinite"] = [entry["faults/nonfinite_steps"] for entry in poisoned.state.log_history[:-1]]
+    results["weights"] = weights(poisoned).tolist()
+    Path(folder, f"rank{rank}.json").write_text(json.dumps(results))
+    one(folder / "last")
+
+
+def kills(folder: Path) -> None:
+    """
+    Kills a run at a random moment of writing a checkpoint, and resumes it until it is through; says which checkpoint was
+    whole each time, and whether the end is that of a run that nobody killed.
+    """
+    draw = random.Random(0)
+    kwargs = {"save_strategy": "steps", "save_steps": 1, "save_total_limit": 1, "max_steps": 8}
+
+    def train(where: Path) -> int:
+        """In a fork, since this takes a fraction of a new process's time."""
+        child = os.fork()
+        if not child:
+            try:
+                sys.stdout = sys.stderr
+                resume = where.exists() and last_whole_checkpoint(where) is not None
+                trainer = make_trainer(where, **kwargs)
+                trainer.train(resume_from_checkpoint=resume)
+                torch.save([weights(trainer), json.dumps(trainer.entropy_history.state_dict())], where / "end.pt")
+                os._exit(0)
+            finally:
+                os._exit(1)
+        return child
+
+    os.waitpid(train(folder / "whole"), 0)
+    while True:
+        killed = folder / "killed"
+        before = set(killed.glob("checkpoint-*"))
+        child = train(killed)
+        while set(killed.glob("checkpoint-*")) <= before and not os.waitid(
+            os.P_PID, child, os.WEXITED | os.WNOHANG | os.WNOWAIT
+        ):
+            time.sleep(0.0005)
+        time.sleep(draw.uniform(0.0, 0.06))
+        os.kill(child, signal.SIGKILL)
+        if os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0:
+            break
+        say(f"killed {sorted(path.name for path in killed.glob('checkpoint-*'))} {last_whole_checkpoint(killed)}")
+    ends = [torch.load(folder / name / "end.pt") for name in ("whole", "killed")]
+    say("same" if torch.equal(ends[0][0], ends[1][0]) and ends[0][1] == ends[1][1] else "different")
+
+
+def full_disk(folder: Path) -> None:
+    """Two of a run's checkpoints, the last one included, cannot be written: there is no room for large files."""
+    limit = lambda size: resource.setrlimit(resource.RLIMIT_FSIZE, (size, resource.RLIM_INFINITY))  # noqa: E731
+    trainer = make_trainer(
+        folder / "run",
+        *(When("on_step_end", step, lambda: limit(10_000)) for step in (3, 7)),
+        When("on_step_begin", 3, lambda: limit(resource.RLIM_INFINITY)),
+        save_strategy="steps",
+        save_steps=1,
+        save_total_limit=1,
+    )
+    try:
+        trainer.train()
+    except Exception as error:
+        limit(resource.RLIM_INFINITY)
+        say(json.dumps([type(error).__name__, str(error), trainer.state.global_step]))
+
+
+if __name__ == "__main__":
+    globals()[sys.argv[1]](Path(sys.argv[2]))

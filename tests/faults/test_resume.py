@@ -1,0 +1,138 @@
+"""A run that is stopped after any optimizer step and resumed equals the uninterrupted one, bit by bit."""
+
+import random
+import tempfile
+from pathlib import Path
+
+import numpy as np
+import torch
+from conftest import Corridor, make_model, make_tokenizer
+from datasets import Dataset
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from trl_epo import EPOConfig, EPOTrainer
+
+
+BASE = {
+    "per_device_train_batch_size": 4,
+    "num_generations": 4,
+    "max_turns": 3,
+    "max_turn_length": 4,
+    "max_steps": 6,
+    "learning_rate": 1e-2,
+    "logging_steps": 1,
+    "save_strategy": "steps",
+    "save_steps": 1,
+    "use_cpu": True,
+    "bf16": False,
+    "gradient_checkpointing": False,
+    "disable_tqdm": True,
+}
+ROWS = Dataset.from_dict({"length": [2, 3, 4, 5, 6]})
+# Times, and Trainer's summary at the end, which is of the steps since the resume
+NOT_COMPARED = {
+    "step_time",
+    "train_runtime",
+    "train_samples_per_second",
+    "train_steps_per_second",
+    "train_tokens_per_second",
+    "train_loss",
+}
+
+
+class Rewarding(Corridor):
+    """Rewards every step to the right, so that there is much to learn."""
+
+    def step(self, action):
+        observation, reward, *others = super().step(action)
+        return observation, reward + 0.1 * ("r" in action) + 0.01 * len(action), *others
+
+
+def make_trainer(folder: Path, model: str, **kwargs) -> EPOTrainer:
+    return EPOTrainer(
+        model,
+        args=EPOConfig(str(folder), **{**BASE, **kwargs}),
+        train_dataset=ROWS,
+        processing_class=make_tokenizer(),
+        environment_factory=Rewarding,
+    )
+
+
+def weights(model: torch.nn.Module) -> torch.Tensor:
+    return torch.cat([parameter.detach().flatten() for parameter in model.parameters()])
+
+
+def logs(trainer: EPOTrainer) -> list[dict]:
+    return [
+        {name: str(value) for name, value in entry.items() if name not in NOT_COMPARED}  # NaN differs from itself
+        for entry in trainer.state.log_history
+    ]
+
+
+def assert_equal(resumed: EPOTrainer, whole: EPOTrainer) -> None:
+    assert torch.equal(weights(resumed.model), weights(whole.model))
+    if whole._critic is not None:
+        assert torch.equal(weights(resumed._critic.model), weights(whole._critic.model))
+    ours, theirs = (trainer.optimizer.state_dict() for trainer in (resumed, whole))
+    assert ours["param_groups"] == theirs["param_groups"]
+    for index, state in theirs["state"].items():
+        assert all(torch.equal(value, ours["state"][index][name]) for name, value in state.items())
+    assert resumed.lr_scheduler.state_dict() == whole.lr_scheduler.state_dict()
+    assert resumed.entropy_history.state_dict() == whole.entropy_history.state_dict()
+    assert resumed.entropy_coef == whole.entropy_coef
+    assert resumed.state.num_input_tokens_seen == whole.state.num_input_tokens_seen
+    assert logs(resumed) == logs(whole)
+
+
+def assert_same_randomness(resumed: list, whole: list) -> None:
+    assert torch.equal(resumed[0], whole[0])
+    assert resumed[1] == whole[1]
+    assert all(np.array_equal(a, b) for a, b in zip(resumed[2], whole[2], strict=True))
+
+
+def randomness() -> list:
+    return [torch.random.get_rng_state(), random.getstate(), np.random.get_state()]
+
+
+def check(stop: int, **kwargs) -> None:
+    """Resume from the checkpoint of a step, and compare."""
+    with tempfile.TemporaryDirectory() as folder:
+        model = str(Path(folder, "model"))
+        make_model().save_pretrained(model)
+        whole = make_trainer(Path(folder, "whole"), model, **kwargs)
+        whole.train()
+        after = randomness()
+        resumed = make_trainer(Path(folder, "resumed"), model, **kwargs)
+        resumed.train(resume_from_checkpoint=str(Path(folder, "whole", f"checkpoint-{stop}")))
+        assert_same_randomness(randomness(), after)
+        assert_equal(resumed, whole)
+
+
+RUNS = st.fixed_dictionaries(
+    {
+        "stop": st.integers(1, 5),
+        "num_iterations": st.integers(1, 3),
+        "steps_per_generation": st.integers(1, 4),
+        "gradient_accumulation_steps": st.integers(1, 2),
+        "context": st.sampled_from(["transcript", "window"]),
+        "advantage_estimator": st.sampled_from(["grpo", "gae", "gigpo", "turn"]),
+        "entropy": st.sampled_from(
+            [
+                {"entropy_coef": 0.5, "entropy_corridor_high": 1.0},
+                {"entropy_coef": 0.5, "entropy_corridor_high": 1.0, "entropy_reference": "turn_history"},
+                {"entropy_coef": 0.0, "entropy_corridor_coef": 0.5, "entropy_corridor_high": 1.0},
+                {"entropy_coef": 0.0, "use_adaptive_entropy": True, "entropy_coef_delta": 0.1, "entropy_target": 9.0},
+            ]
+        ),
+        "beta": st.sampled_from([0.0, 0.1]),
+        "logging_steps": st.integers(1, 3),
+        "seed": st.integers(0, 99),
+    }
+)
+
+
+@settings(max_examples=8, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+@given(RUNS)
+def test_resumed_at_any_step(run):
+    check(**{name: value for name, value in run.items() if name != "entropy"}, **run["entropy"])
