@@ -257,6 +257,12 @@ class FaultTolerantGRPOTrainer(GRPOTrainer):
             if self.args.should_save:
                 rotate(folder, self.args.save_total_limit, self.state.best_model_checkpoint)
 
+    def save_last_checkpoint(self) -> Path:
+        """Write a checkpoint before training ends with an error; its folder. Every process calls it."""
+        self._must_save = True
+        self._save_checkpoint(self.model, trial=None)
+        return Path(self._get_output_dir(trial=None), f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}")
+
     def _give_up_checkpoint(self, folder: Path) -> None:
         if self.args.should_save:
             rmtree(folder, ignore_errors=True)  # room for the next

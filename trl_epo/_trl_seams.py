@@ -266,11 +266,6 @@ class SeamedGRPOTrainer(FaultTolerantGRPOTrainer):
         """Index of the current backward pass within its generation batch, over all passes over that batch."""
         return self._step % (self.args.steps_per_generation * self.num_iterations)
 
-    def save_checkpoint(self) -> str:
-        """Write a checkpoint of the present state; its folder. Every process calls it."""
-        self._save_checkpoint(self.model, trial=None)
-        return os.path.join(self._get_output_dir(trial=None), f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}")
-
     def set_metric(self, name: str, value: float) -> None:
         """Set a metric of the next log entry."""
         self._metrics[self.mode][name] = [value]

@@ -103,13 +103,16 @@ class FailureLog:
     Args:
         path (`Path`): The file. Lines are appended, by the process that `writes`.
         writes (`bool`): Whether this process is the one.
+
+    Attributes:
+        counts (`dict[str, Counter]`): By mode: failed attempts by kind, and `retried`.
     """
 
     def __init__(self, path: Path, writes: bool):
         self.path = path
         self._writes = writes
         self._own: list[dict[str, Any]] = []  # of this process, not shared yet
-        self._counts = {"train": Counter(), "eval": Counter()}
+        self.counts = {"train": Counter(), "eval": Counter()}
 
     def note(self, episodes: Sequence["Episode"]) -> None:
         """Take down the failures of episodes that this process has played."""
@@ -139,8 +142,8 @@ class FailureLog:
         """
         records = gather_object([{"mode": mode, **where, **record} for record in self._own])
         self._own = []
-        self._counts[mode].update(record["kind"] for record in records)
-        self._counts[mode]["retried"] += sum(record["retried"] for record in records)
+        self.counts[mode].update(record["kind"] for record in records)
+        self.counts[mode]["retried"] += sum(record["retried"] for record in records)
         if records and self._writes:
             try:
                 self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -152,8 +155,9 @@ class FailureLog:
 
     def metrics(self, mode: str) -> dict[str, float]:
         """
-        Numbers since the last call: `faults/<kind>` and `faults/retried` (attempts that another one followed). Those
-        that are zero are left out.
+        `faults/<kind>`, and `faults/retried` (attempts that another one followed): numbers of the whole training so far,
+        or of the last evaluation, which is forgotten. Those that are zero are left out.
         """
-        counts, self._counts[mode] = self._counts[mode], Counter()
-        return {f"faults/{name}": float(count) for name, count in counts.items() if count}
+        metrics = {f"faults/{name}": float(count) for name, count in self.counts[mode].items() if count}
+        self.counts["eval"].clear()
+        return metrics

@@ -8,6 +8,7 @@ import random
 import sys
 import textwrap
 import weakref
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
@@ -231,6 +232,8 @@ class EPOTrainer(SeamedGRPOTrainer):
     def train(self, *args, **kwargs):
         self.entropy_term.history = EntropyHistory()  # a resumed run loads its own
         self._summaries["train"].clear()
+        if self._environments is not None:
+            self._failures.counts["train"].clear()
         return super().train(*args, **kwargs)
 
     @property
@@ -354,7 +357,7 @@ class EPOTrainer(SeamedGRPOTrainer):
         if self.mode == "eval" or num_failed <= self.args.max_failed_fraction * len(summaries):
             return
         self.entropy_history.load_state_dict(history)
-        folder = self.save_checkpoint()
+        folder = self.save_last_checkpoint()
         first = failures[0]
         raise RuntimeError(
             f"{num_failed} of {len(summaries)} episodes failed, more than `max_failed_fraction="
@@ -492,10 +495,15 @@ class EPOTrainer(SeamedGRPOTrainer):
         complete_model_card(path, self.args, self.state.log_history)
 
     def pending_figures(self) -> dict[str, Any]:
-        return {"episodes": summaries_as_json(self._summaries["train"])}
+        figures = {"episodes": summaries_as_json(self._summaries["train"])}
+        if self._environments is not None:
+            figures["failures"] = self._failures.counts["train"]
+        return figures
 
     def restore_pending_figures(self, figures: dict[str, Any]) -> None:
         self._summaries["train"] = summaries_from_json(figures["episodes"])
+        if self._environments is not None:
+            self._failures.counts["train"] = Counter(figures["failures"])
 
     def save_extras(self, checkpoint: str) -> None:
         with open(os.path.join(checkpoint, HISTORY_FILE), "w") as file:

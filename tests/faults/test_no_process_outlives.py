@@ -18,6 +18,7 @@ import trl_epo
 from trl_epo import EPOConfig, EPOTrainer
 from trl_epo.envs.process import ProcessEnv
 from trl_epo.envs.scienceworld import ScienceWorld
+from trl_epo.interruption import SAME_REQUEST
 
 
 class WithJava(ProcessEnv):
@@ -123,8 +124,10 @@ def test_nothing_is_left(tmp_path, end, stopped):
         else:
             trainer.send_signal(end)
             if end == signal.SIGTERM and stopped:
-                time.sleep(0.5)
-                trainer.send_signal(end)  # the first one asks for a checkpoint, which would wait for the environment
+                # The first one asks for a checkpoint, which would wait for the environment; a second one soon after it
+                # counts as the same.
+                time.sleep(SAME_REQUEST + 0.5)
+                trainer.send_signal(end)
         assert trainer.wait(60) != 0
         gone, alive = psutil.wait_procs(everything, timeout=15)
         assert not alive, (alive, (tmp_path / "log").read_text())
