@@ -33,6 +33,11 @@ def test_tile_of_the_fused_head():
     assert "_CHUNKED_LOGPROB_CHUNK_SIZE" in source, f"The fused head's tile has another name. {REMEDY}"
 
 
+def test_table_of_completions():
+    source = inspect.getsource(GRPOTrainer.log)
+    assert "print_prompt_completions_sample(" in source, f"The table of completions is printed otherwise. {REMEDY}"
+
+
 def test_every_override_is_listed():
     overrides = {name for name in vars(SeamedGRPOTrainer) if hasattr(GRPOTrainer, name) and not name.startswith("__")}
     assert overrides <= set(SIGNATURES), f"Overridden but not listed in SIGNATURES: {overrides - set(SIGNATURES)}"

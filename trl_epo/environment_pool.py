@@ -2,6 +2,7 @@
 
 import logging
 import threading
+import traceback
 from collections.abc import Callable
 from concurrent.futures import Future
 from queue import SimpleQueue
@@ -10,6 +11,7 @@ from typing import Any
 import gymnasium
 
 from .envs.base import check_reset, check_step
+from .text import MAX_FAILURE_LENGTH, set_apart, taken_in
 
 
 logger = logging.getLogger(__name__)
@@ -81,7 +83,9 @@ def _work(factory: EnvironmentFactory, tasks: SimpleQueue) -> None:
         if hasattr(env, "close"):  # TRL's tool environments need not have it
             env.close()
     except Exception:
-        logger.warning("Closing an environment failed.", exc_info=True)
+        logger.warning(
+            "Closing an environment failed:\n%s", set_apart(taken_in(traceback.format_exc(), MAX_FAILURE_LENGTH))
+        )
 
 
 class EnvironmentPool:

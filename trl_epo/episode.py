@@ -58,12 +58,13 @@ class Episode:
         turns (`tuple[Turn, ...]`): The turns in order.
         stop_reason ([`StopReason`]): Why it ended.
         success (`bool` or `None`): The environment's last `info["success"]`; `None` if it does not tell.
-        task (`str` or `None`): The kind of task, for metrics.
+        task (`str` or `None`): The kind of task, for metrics: one printable line, at most 100 characters.
         options (`dict`): The dataset row the environment was reset with.
         seed (`int`): The seed it was reset with.
         num_late_answers (`int`): How often generation went on without the environment's answer.
         failure (`str` or `None`): The error, if `stop_reason` is a failure.
         first_observation (`str`): What `reset` answered.
+        num_cut_observations (`int`): How many observations were longer than `max_observation_length`.
     """
 
     prompt: list[dict[str, Any]]
@@ -77,6 +78,7 @@ class Episode:
     num_late_answers: int = 0
     failure: str | None = None
     first_observation: str = ""
+    num_cut_observations: int = 0
 
     @property
     def failed(self) -> bool:

@@ -11,15 +11,18 @@ from concurrent.futures import FIRST_COMPLETED, Future, wait
 from dataclasses import dataclass, field
 from typing import Any
 
-from .contexts import ContextRules, NextTurn, PastTurn, TurnView, add_observation
+from .contexts import ContextRules, NextTurn, PastTurn, TurnView
 from .environment_pool import EnvironmentPool, EnvironmentWorker
 from .episode import Episode, StopReason, Turn
 from .generation import Sample, TurnSampler
+from .text import MAX_FAILURE_LENGTH, info_taken_in, name_of, set_apart, taken_in
 
 
 logger = logging.getLogger(__name__)
 
 ActionParser = Callable[[str], str | None]
+
+NO_PROMPT = [{"role": "user", "content": ""}]  # of an episode that failed before it had one
 
 _ACTION_TAG = re.compile(r"<action>(.*?)</action>", re.DOTALL)
 
@@ -77,12 +80,14 @@ class Limits:
         max_turn_length (`int`): New tokens per action.
         max_concurrent_episodes (`float`): Episodes that are played at once.
         patience (`float`): How long generation waits for an environment's answer before it goes on without, in seconds.
+        max_observation_length (`int` or `None`): Longest observation, in characters; longer ones are cut.
     """
 
     max_turns: int
     max_turn_length: int
     max_concurrent_episodes: float = math.inf
     patience: float = math.inf
+    max_observation_length: int | None = None
 
 
 @dataclass
@@ -104,6 +109,7 @@ class _Playing:
     success: bool | None = None
     task: str | None = None
     num_late_answers: int = 0
+    num_cut_observations: int = 0
     stop_reason: StopReason | None = None
     failure: str | None = None
 
@@ -145,17 +151,17 @@ class _Playing:
         """Note what the environment answered, and prepare the next turn or stop."""
         try:
             if self.sample is None:
-                self._begin(*answer.result(), rules)
+                self._begin(*answer.result(), rules, limits)
             else:
                 self._note_turn(*answer.result(), rules, limits)
         except Exception as error:
             self.stop_reason = StopReason.FAILURE
-            self.failure = "".join(traceback.format_exception(error))
-            self.prompt = self.prompt or add_observation(self.start.prompt, "")
-            logger.warning("An episode failed and is left out of training:\n%s", self.failure)
+            self.failure = taken_in("".join(traceback.format_exception(error)), MAX_FAILURE_LENGTH)
+            self.prompt = self.prompt or NO_PROMPT
+            logger.warning("An episode failed and is left out of training:\n%s", set_apart(self.failure))
 
-    def _begin(self, observation: str, info: dict[str, Any], rules: ContextRules) -> None:
-        self._note_info(info)
+    def _begin(self, observation: str, info: dict[str, Any], rules: ContextRules, limits: Limits) -> None:
+        observation, info = self._take_in(observation, info, limits)
         self.first_observation = observation
         self.prompt, self.next_turn = rules.first(self.start.prompt, observation, info)
         self.prompt_ids = tuple(self.next_turn.new_ids)
@@ -170,7 +176,7 @@ class _Playing:
         rules: ContextRules,
         limits: Limits,
     ) -> None:
-        self._note_info(info)
+        observation, info = self._take_in(observation, info, limits)
         token_ids, logprobs = self.sample
         is_first = not self.turns
         self.turns.append(
@@ -205,11 +211,15 @@ class _Playing:
             for observation, turn in zip(observations, self.turns, strict=False)
         ]
 
-    def _note_info(self, info: dict[str, Any]) -> None:
+    def _take_in(self, observation: str, info: dict[str, Any], limits: Limits) -> tuple[str, dict[str, Any]]:
+        """Note what an environment tells in `info`; return its texts as they are kept: encodable, and not too long."""
+        length = limits.max_observation_length
+        self.num_cut_observations += length is not None and len(observation) > length
         success = info.get("success")
         task = self.start.options.get("task") or info.get("task")
         self.success = None if success is None else bool(success)
-        self.task = None if task is None else str(task)
+        self.task = None if task is None else name_of(task)
+        return taken_in(observation, length), info_taken_in(info, length)
 
     def leave(self, pool: EnvironmentPool) -> None:
         """Let go of the environment, which is used again if the episode came to an end of its own."""
@@ -234,6 +244,7 @@ class _Playing:
             num_late_answers=self.num_late_answers,
             failure=self.failure,
             first_observation=self.first_observation,
+            num_cut_observations=self.num_cut_observations,
         )
 
 

@@ -192,7 +192,7 @@ class EPOTrainer(SeamedGRPOTrainer):
                 )
             if train_dataset is None:
                 train_dataset = placeholder_dataset(args, self._environments)
-            first_row = check_first_row(self._environments, train_dataset)
+            first_row = check_first_row(self._environments, train_dataset, args.max_observation_length)
         elif args.advantage_estimator != "grpo" or args.filter_zero_variance_groups or args.context != "transcript":
             raise ValueError(
                 f"`advantage_estimator={args.advantage_estimator!r}`, `filter_zero_variance_groups="
@@ -258,6 +258,7 @@ class EPOTrainer(SeamedGRPOTrainer):
             max_turn_length=self.args.max_turn_length,
             max_concurrent_episodes=self.args.max_concurrent_episodes or math.inf,
             patience=self.args.environment_patience,
+            max_observation_length=self.args.max_observation_length,
         )
         self._context_rules = ContextRules(
             self._chat,
