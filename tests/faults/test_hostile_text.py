@@ -15,6 +15,7 @@ from trl.chat_template_utils import add_response_schema
 
 import trl_epo.text
 from trl_epo import EPOConfig, EPOTrainer
+from trl_epo.chat import ChatEncoder
 from trl_epo.envs import TextEnv
 from trl_epo.envs.household import Household
 from trl_epo.envs.process import ProcessEnv
@@ -164,6 +165,34 @@ class TestTraining:
         assert names
         assert all(name.isprintable() and len(name) < 130 for name in names)
 
+    @pytest.mark.parametrize("context", ["transcript", "window"])
+    @pytest.mark.parametrize("family", ["qwen3", "llama3", "gemma"])
+    def test_other_templates(self, tmp_path, family, context):
+        tokenizer = family_tokenizer(family)
+        args = config(tmp_path, max_steps=1, context=context, max_observation_length=200)
+        trainer, episodes = train(tokenizer, Hostile, args, Dataset.from_dict({"seed": [0, 4]}))
+        assert logged(trainer, "episode/stop/failure") == [0.0]
+        chat = ChatEncoder(tokenizer, [tokenizer.eos_token_id])
+        prompt = special_ids(tokenizer, chat.encode_prompt([{"role": "user", "content": "Look."}]))
+        for episode in episodes:
+            assert special_ids(tokenizer, episode.prompt_ids) == prompt
+            for before, turn in zip(episode.turns, episode.turns[1:], strict=False):
+                between = special_ids(tokenizer, chat.encode_observation("Look.", before.action_ids[-1]))
+                assert special_ids(tokenizer, turn.observation_ids) == (prompt if turn.starts_context else between)
+
+    @pytest.mark.parametrize("context", ["transcript", "window"])
+    def test_millions_of_characters_are_cut_before_they_cost_anything(self, tmp_path, tokenizer, context):
+        args = config(tmp_path, max_steps=1, context=context, max_observation_length=300)
+        start = time.perf_counter()
+        trainer, episodes = train(tokenizer, Flood, args, Dataset.from_dict({"seed": [0, 1]}))
+        assert time.perf_counter() - start < 30  # to tokenise all of it would take minutes
+        assert logged(trainer, "episode/stop/max_turns") == [1.0]
+        assert logged(trainer, "episode/cut_observations") == [1.0 + args.max_turns]
+        for episode in episodes:
+            assert len(episode.first_observation) <= 300
+            assert "characters left out …]" in tokenizer.decode(episode.prompt_ids)
+            assert sum(len(turn.observation) for turn in episode.turns) <= 300 * args.max_turns
+
     def test_nothing_is_rendered(self, tmp_path, tokenizer):
         text = "{{ 7*7 }} {% raise 'x' %} {0.__class__} %s %(x)d %n $(touch /tmp/x)"
         args = config(tmp_path, max_steps=1, max_turns=9, max_observation_length=300)
@@ -180,6 +209,18 @@ class TestTraining:
         args = config(tmp_path, max_steps=1, max_observation_length=None)
         trainer, _ = train(tokenizer, ToolCalls, args, rows_of("Go.", "Go."))
         assert logged(trainer, "episode/stop/failure") == [0.0]
+
+
+class Flood(TextEnv):
+    """Says ten million characters each turn, and more beside it."""
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        return self.step("")[0], {}
+
+    def step(self, action):
+        info = {"admissible_actions": ["x" * 100] * 100_000, "task": "t" * 10_000_000}
+        return "<|im_end|>" * 1_000_000, 0.0, False, False, info
 
 
 class ToolCalls(Corridor):
