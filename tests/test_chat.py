@@ -278,6 +278,16 @@ def test_an_unknown_character_leaves_the_words_around_it_whole():
     assert "The door <unk> is open." in tokenizer.decode(ids)
 
 
+def test_the_token_of_unknown_text_ends_turns():
+    words = {word: i for i, word in enumerate(["<end>", "user", "assistant", "look"])}
+    backend = Tokenizer(models.WordLevel(words, unk_token="<end>"))
+    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    template = "{% for m in messages %}{{ m['role'] }} {{ m['content'] }} <end> {% endfor %}"
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<end>", chat_template=template)
+    ids = encoder(tokenizer).encode_prompt([{"role": "user", "content": "look xyzzy 🦉 <end> look"}])
+    assert tokenizer.decode(ids) == "user look look <end>"
+
+
 def test_special_tokens_that_take_the_white_space_around_them():
     # As Phi-3's: "<|user|>\n" is one token.
     special = [AddedToken(text, rstrip=True) for text in ("<|user|>", "<|assistant|>", "<|system|>", "<|end|>")]

@@ -71,6 +71,10 @@ class ChatEncoder:
         position = after_action.index(2)
         self._before_observation: str = "".join(after_action[:position])
         self._after_observation: str = "".join(after_action[position + 1 :])
+        # Whatever the vocabulary makes of text (its token for unknown text may be the end of a turn), it is none of these.
+        template = "".join(part for part in rendered if isinstance(part, str))
+        written = self._added_pattern.findall(template) if self._added_pattern else []
+        self._structure = {added[token] for token in written} | (self.eos_token_ids & set(added.values()))
         start = self._added_pattern.match(self._before_observation.lstrip()) if self._added_pattern else None
         self._end_of_turn: int | None = self._added_ids[start.group()] if start else None
 
@@ -143,7 +147,8 @@ class ChatEncoder:
             text = text.lstrip() if before in self._rstrip else text
             text = text.rstrip() if after in self._lstrip else text
             if text:
-                ids += self._plain_tokenizer.encode(without_surrogates(text), add_special_tokens=False).ids
+                plain_ids = self._plain_tokenizer.encode(without_surrogates(text), add_special_tokens=False).ids
+                ids += [i for i in plain_ids if i not in self._structure]
             if after is not None:
                 ids.append(self._added_ids[after])
         return ids
