@@ -77,6 +77,8 @@ def test_every_new_field_is_documented():
         ({"max_failed_fraction": 1.5}, "max_failed_fraction.*1.5.*0.0.*1.0"),
         ({"max_failed_fraction": float("nan")}, "max_failed_fraction.*nan"),
         ({"environment_patience": float("nan")}, "environment_patience.*nan"),
+        ({"max_observation_length": 0}, "max_observation_length.*0.*at least 1 character"),
+        ({"max_observation_length": 1e6}, "max_observation_length.*1000000.0.*whole number"),
         ({"max_turn_length": -3}, "max_turn_length.*-3"),
         ({"max_completion_length": 0}, "max_completion_length.*0.*at least 1"),
         ({"invalid_action_penalty": -0.1}, "invalid_action_penalty.*-0.1"),

@@ -43,6 +43,11 @@ def test_tile_of_the_fused_head():
     assert "_CHUNKED_LOGPROB_CHUNK_SIZE" in source, f"The fused head's tile has another name. {REMEDY}"
 
 
+def test_table_of_completions():
+    source = inspect.getsource(GRPOTrainer.log)
+    assert "print_prompt_completions_sample(" in source, f"The table of completions is printed otherwise. {REMEDY}"
+
+
 def test_rotation_of_checkpoints():
     # A function of the module, which can be put off; called last, with keywords only.
     source = inspect.getsource(Trainer._save_checkpoint)

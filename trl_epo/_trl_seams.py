@@ -17,6 +17,7 @@ from torch.nn.parallel import DistributedDataParallel
 from transformers import PreTrainedModel
 from transformers.utils import logging
 from trl.models import unwrap_model_for_generation
+from trl.trainer import grpo_trainer
 from trl.trainer import utils as trl_utils
 from trl.trainer.utils import RepeatSampler, pad
 
@@ -29,6 +30,7 @@ from .generation import (
     unfit_for_cached_sampler,
 )
 from .scoring import equal_number_of_forwards, score_tokens
+from .text import printable_parts
 
 
 logger = logging.get_logger(__name__)
@@ -142,6 +144,19 @@ def _head_tiles(device: torch.device) -> Iterator[None]:
         yield
     finally:
         trl_utils._CHUNKED_LOGPROB_CHUNK_SIZE = usual
+
+
+@contextmanager
+def _escaped_samples() -> Iterator[None]:
+    """While this context lasts, the table of completions that TRL prints (`log_completions`) cannot drive a terminal."""
+    usual = grpo_trainer.print_prompt_completions_sample
+    grpo_trainer.print_prompt_completions_sample = lambda *args, **kwargs: usual(
+        *printable_parts(args), **printable_parts(kwargs)
+    )
+    try:
+        yield
+    finally:
+        grpo_trainer.print_prompt_completions_sample = usual
 
 
 class SeamedGRPOTrainer(FaultTolerantGRPOTrainer):
@@ -455,7 +470,8 @@ class SeamedGRPOTrainer(FaultTolerantGRPOTrainer):
             self.model.train(was_training)  # TRL's continuous batching leaves it in training mode
 
     def _generate(self, prompts):
-        outputs = list(super()._generate(prompts))
+        # Of played episodes TRL decodes the tokens once more; as chats it would look for tool calls in them.
+        outputs = list(super()._generate(prompts if self._played_batch is None else [""] * len(prompts)))
         if self._played_batch is not None:
             outputs[3] = self._played_batch["completions"]
         if outputs[2] is not None:
@@ -472,6 +488,10 @@ class SeamedGRPOTrainer(FaultTolerantGRPOTrainer):
             self.episode_rewards = (rewards * self.reward_weights.to(rewards.device)).nansum(dim=1)
             self.episode_rewards[failed] = torch.nan
         return rewards
+
+    def log(self, logs, start_time=None):
+        with _escaped_samples():
+            super().log(logs, start_time)
 
     def _get_train_sampler(self, dataset=None):
         sampler = super()._get_train_sampler(dataset)

@@ -2,10 +2,16 @@
 
 import json
 import re
+import secrets
 from typing import Any
 
 from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerBase
+
+from .text import shown, without_surrogates
+
+
+_ROLE = re.compile(r"[A-Za-z0-9_-]+")  # the template writes it among its own text
 
 
 class ChatEncoder:
@@ -51,14 +57,13 @@ class ChatEncoder:
         # Runs of white space that some vocabularies add are ordinary text.
         added = {t.content: i for i, t in tokenizer.added_tokens_decoder.items() if t.content.strip()}
         self._added_ids = added
-        self._forbidden = frozenset(added.values())  # what plain text must never become
         longest_first = sorted(added, key=len, reverse=True)
         self._added_pattern = re.compile("(" + "|".join(map(re.escape, longest_first)) + ")") if added else None
-        # The same tokenizer, ignorant of the added tokens.
+        # Those that take the white space before or after them, whoever wrote it.
+        self._lstrip = {t.content for t in tokenizer.added_tokens_decoder.values() if t.lstrip}
+        self._rstrip = {t.content for t in tokenizer.added_tokens_decoder.values() if t.rstrip}
         state = json.loads(tokenizer.backend_tokenizer.to_str())
-        spaces = [token for token in state["added_tokens"] if not token["content"].strip()]
-        state.update(added_tokens=spaces, post_processor=None, truncation=None, padding=None)
-        self._plain_tokenizer = Tokenizer.from_str(json.dumps(state))
+        self._plain_tokenizer = Tokenizer.from_str(json.dumps(_plain_state(state, set(added.values()))))
 
         # "{assistant} {between} {user} {generation prompt}": what stands around an observation never changes.
         rendered = self._render([("user", 0), ("assistant", 1), ("user", 2)])
@@ -66,14 +71,29 @@ class ChatEncoder:
         position = after_action.index(2)
         self._before_observation: str = "".join(after_action[:position])
         self._after_observation: str = "".join(after_action[position + 1 :])
-        self._end_of_turn = self._first_added_token(self._before_observation)
+        # Whatever the vocabulary makes of text (its token for unknown text may be the end of a turn), it is none of these.
+        template = "".join(part for part in rendered if isinstance(part, str))
+        written = self._added_pattern.findall(template) if self._added_pattern else []
+        self._structure = {added[token] for token in written} | (self.eos_token_ids & set(added.values()))
+        start = self._added_pattern.match(self._before_observation.lstrip()) if self._added_pattern else None
+        self._end_of_turn: int | None = self._added_ids[start.group()] if start else None
 
     def encode_prompt(self, messages: list[dict[str, str]]) -> list[int]:
-        """Token ids of `messages` followed by the assistant's header."""
+        """
+        Token ids of `messages` followed by the assistant's header.
+
+        Raises:
+            ValueError: If a content is not a text, or a role not a plain word.
+        """
         for message in messages:
+            if not isinstance(message.get("role"), str) or not _ROLE.fullmatch(message["role"]):
+                raise ValueError(
+                    f"A prompt message has the role {shown(message.get('role'))}, but a role is a word of letters, "
+                    'digits, "_" and "-", such as "user" or "system".'
+                )
             if not isinstance(message.get("content"), str):
                 raise ValueError(
-                    f"A prompt message has the content {message.get('content')!r}, but text episodes need a string."
+                    f"A prompt message has the content {shown(message.get('content'))}, but text episodes need a string."
                 )
         rendered = self._render([(message["role"], index) for index, message in enumerate(messages)])
         pieces: list[tuple[str, bool]] = []  # (text, written by the template)
@@ -86,10 +106,10 @@ class ChatEncoder:
         Token ids that stand between an action and the next one: the end of the assistant's turn unless it was
         sampled, the observation as a user message, and the assistant's header.
         """
-        before = self._before_observation
+        ids = self._encode([(self._before_observation, True), (observation, False), (self._after_observation, True)])
         if last_action_token in self.eos_token_ids and self._end_of_turn is not None:
-            before = before[len(self._end_of_turn) :]
-        return self._encode([(before, True), (observation, False), (self._after_observation, True)])
+            return ids[ids.index(self._end_of_turn) + 1 :]
+        return ids
 
     def _render(self, roles: list[tuple[str, int]]) -> list[str | int]:
         """The template's own text, with each message's content replaced by its number."""
@@ -111,31 +131,52 @@ class ChatEncoder:
         numbers = {marker: index for index, marker in markers.items()}
         return [numbers.get(part, part) for part in re.split(pattern, text) if part]
 
-    def _first_added_token(self, text: str) -> str | None:
-        """The added token at the beginning of `text`, with the white space before it."""
-        match = self._added_pattern.match(text.lstrip()) if self._added_pattern else None
-        return text[: len(text) - len(text.lstrip())] + match.group() if match else None
-
     def _encode(self, pieces: list[tuple[str, bool]]) -> list[int]:
-        ids: list[int] = []
-        plain = ""  # text between two special tokens is tokenised as a whole, whoever wrote it
+        tokens: list[str] = []
+        stretches = [""]  # text between two special tokens is tokenised as a whole, whoever wrote it
         for text, from_template in pieces:
-            if not from_template or self._added_pattern is None:
-                plain += text
-                continue
-            for part in self._added_pattern.split(text):
-                if part in self._added_ids:
-                    ids += self._encode_plain(plain)
-                    ids.append(self._added_ids[part])
-                    plain = ""
+            is_token = self._added_ids if from_template else ()
+            for part in self._added_pattern.split(text) if is_token else [text]:
+                if part in is_token:
+                    tokens.append(part)
+                    stretches.append("")
                 else:
-                    plain += part
-        return ids + self._encode_plain(plain)
-
-    def _encode_plain(self, text: str) -> list[int]:
-        text = text.encode("utf-8", "replace").decode("utf-8")  # lone surrogates cannot be tokenised
-        ids = self._plain_tokenizer.encode(text, add_special_tokens=False).ids if text else []
-        if self._forbidden.intersection(ids):  # a vocabulary that holds its special tokens as words
-            characters = (self._plain_tokenizer.encode(character).ids for character in text)
-            ids = [i for character_ids in characters for i in character_ids if i not in self._forbidden]
+                    stretches[-1] += part
+        ids: list[int] = []
+        for before, text, after in zip([None, *tokens], stretches, [*tokens, None], strict=True):
+            text = text.lstrip() if before in self._rstrip else text
+            text = text.rstrip() if after in self._lstrip else text
+            if text:
+                plain_ids = self._plain_tokenizer.encode(without_surrogates(text), add_special_tokens=False).ids
+                ids += [i for i in plain_ids if i not in self._structure]
+            if after is not None:
+                ids.append(self._added_ids[after])
         return ids
+
+
+def _plain_state(state: dict[str, Any], added_ids: set[int]) -> dict[str, Any]:
+    """
+    The `tokenizer.json` of a tokenizer to which these tokens are text like any other: no text becomes one of them,
+    also where the vocabulary itself holds them. (The token for unknown text is left alone.)
+    """
+    model = state["model"]
+    vocabulary = model["vocab"]
+    if isinstance(vocabulary, list):  # a unigram model, where the place is the id: names that no text can guess
+        secret = secrets.token_hex(16)
+        for i in added_ids - {model["unk_id"]}:
+            if i < len(vocabulary):
+                vocabulary[i][0] = f"{secret}{i}"
+    else:
+        removed = {text for text, i in vocabulary.items() if i in added_ids and text != model.get("unk_token")}
+        model["vocab"] = {text: i for text, i in vocabulary.items() if text not in removed}
+        if removed and "merges" in model:
+            pairs = [merge.split(" ") if isinstance(merge, str) else merge for merge in model["merges"]]
+            skip = len(model.get("continuing_subword_prefix") or "")
+            model["merges"] = [[a, b] for a, b in pairs if removed.isdisjoint((a, b, a + b[skip:]))]
+    # No stretch of text is the first word of all: a special token comes before it.
+    splitter = state["pre_tokenizer"] or {}
+    for part in (splitter, *splitter.get("pretokenizers", ())):
+        if part.get("prepend_scheme") == "first":
+            part["prepend_scheme"] = "never"
+    spaces = [token for token in state["added_tokens"] if not token["content"].strip()]
+    return state | {"added_tokens": spaces, "post_processor": None, "truncation": None, "padding": None}

@@ -7,6 +7,8 @@ import torch
 from transformers.utils import logging
 from trl import GRPOConfig
 
+from .envs.base import MAX_OBSERVATION_LENGTH
+
 
 logger = logging.get_logger(__name__)
 
@@ -103,6 +105,11 @@ class EPOConfig(GRPOConfig):
         max_failed_fraction (`float`, *optional*, defaults to `0.5`):
             Training stops, with a checkpoint and an error, when a larger share of a generation batch's episodes (over
             all processes) has failed in the end. `1.0`: never.
+        max_observation_length (`int`, *optional*, defaults to `100_000`):
+            Longest observation, in characters. Of a longer one the model sees the beginning and the end, and between
+            them how many characters are left out (`episode/cut_observations` counts these). The same bound holds for
+            every other text of an environment that a prompt can quote, and for its list of admissible actions as a
+            whole. `None`: no bound.
         invalid_action_penalty (`float`, *optional*, defaults to `0.0`):
             Subtracted from an episode's reward for each invalid action, in units of reward (paper: 0.1).
         context (`str`, *optional*, defaults to `"transcript"`):
@@ -274,6 +281,12 @@ class EPOConfig(GRPOConfig):
             "fails. 1.0: never."
         },
     )
+    max_observation_length: int | None = field(
+        default=MAX_OBSERVATION_LENGTH,
+        metadata={
+            "help": "Longest observation, in characters; of a longer one the middle is left out, visibly. None: no bound."
+        },
+    )
     invalid_action_penalty: float = field(
         default=0.0,
         metadata={"help": "Subtracted from an episode's reward for each invalid action."},
@@ -436,6 +449,12 @@ class EPOConfig(GRPOConfig):
             raise ValueError(
                 f"`max_concurrent_episodes` is {self.max_concurrent_episodes}, but must be at least 1, or `None` for "
                 "the whole generation batch."
+            )
+        length = self.max_observation_length
+        if length is not None and (not isinstance(length, int) or length < 1):
+            raise ValueError(
+                f"`max_observation_length` is {length!r}, but must be a whole number of at least 1 character, or `None` "
+                "for no bound."
             )
         if not self.environment_patience >= 0:
             raise ValueError(f"`environment_patience` is {self.environment_patience}, but must be at least 0 seconds.")

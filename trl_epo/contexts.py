@@ -5,6 +5,7 @@ from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 from .chat import ChatEncoder
+from .text import printable, whole_messages
 
 
 class PastTurn(NamedTuple):
@@ -151,7 +152,7 @@ class ContextRules:
             except Exception as error:
                 raise ValueError(
                     f"The `prompt_builder` could not build a prompt for turn {num_steps} of the dataset's first row: "
-                    f"{type(error).__name__}: {error}. It gets a `trl_epo.contexts.TurnView` and must return the user "
+                    f"{type(error).__name__}: {printable(str(error))}. It gets a `trl_epo.contexts.TurnView` and must return the user "
                     "message as a `str`, or a list of messages."
                 ) from error
 
@@ -167,7 +168,7 @@ class ContextRules:
         if self.window:
             messages = self._build(TurnView(prompt, observation, 0, (), observation, info))
         else:
-            messages = add_observation(prompt, observation)
+            messages = whole_messages(add_observation(prompt, observation))
         ids = self.chat.encode_prompt(messages)
         room = self._room(len(ids), len(ids))
         if room < 1:
@@ -213,7 +214,7 @@ class ContextRules:
 
     def _build(self, turn: TurnView) -> list[dict[str, Any]]:
         built = self.prompt_builder(turn)
-        return add_observation(turn.prompt, built) if isinstance(built, str) else built
+        return whole_messages(add_observation(turn.prompt, built) if isinstance(built, str) else built)
 
     def _room(self, length: int, prompt_length: int) -> int:
         """Tokens left in a context that holds `length`, `prompt_length` of which were its first prompt."""

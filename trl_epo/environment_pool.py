@@ -4,6 +4,7 @@ import logging
 import math
 import threading
 import time
+import traceback
 from collections.abc import Callable
 from concurrent.futures import Future, wait
 from queue import SimpleQueue
@@ -13,6 +14,7 @@ import gymnasium
 
 from .envs.base import check_reset, check_step
 from .failures import EnvironmentTimeout
+from .text import MAX_FAILURE_LENGTH, set_apart, taken_in
 
 
 logger = logging.getLogger(__name__)
@@ -66,7 +68,7 @@ class EnvironmentWorker:
                 try:
                     getattr(env.unwrapped, "interrupt", lambda: None)()
                 except Exception:
-                    logger.warning("Interrupting an environment failed.", exc_info=True)
+                    _log_error("Interrupting an environment failed")
         self._tasks.put(None)
 
     @property
@@ -102,7 +104,12 @@ def _work(factory: EnvironmentFactory, tasks: SimpleQueue, made: list[gymnasium.
             if hasattr(env, "close"):  # TRL's tool environments need not have it
                 env.close()
         except Exception:
-            logger.warning("Closing an environment failed.", exc_info=True)
+            _log_error("Closing an environment failed")
+
+
+def _log_error(what: str) -> None:
+    """Log the exception that is being handled, whose text is the environment's."""
+    logger.warning("%s:\n%s", what, set_apart(taken_in(traceback.format_exc(), MAX_FAILURE_LENGTH)))
 
 
 class EnvironmentPool:

@@ -60,13 +60,14 @@ class Episode:
         turns (`tuple[Turn, ...]`): The turns in order.
         stop_reason ([`StopReason`]): Why it ended.
         success (`bool` or `None`): The environment's last `info["success"]`; `None` if it does not tell.
-        task (`str` or `None`): The kind of task, for metrics.
+        task (`str` or `None`): The kind of task, for metrics: one printable line, at most 100 characters.
         options (`dict`): The dataset row the environment was reset with.
         seed (`int`): The seed it was reset with.
         num_late_answers (`int`): How often generation went on without the environment's answer.
         failures (`tuple[Failure, ...]`): The attempts to play it that failed. What else is told here is of the last
             attempt, which failed as well if `stop_reason` is a failure.
         first_observation (`str`): What `reset` answered.
+        num_cut_observations (`int`): How many observations were longer than `max_observation_length`.
     """
 
     prompt: list[dict[str, Any]]
@@ -80,6 +81,7 @@ class Episode:
     num_late_answers: int = 0
     failures: tuple[Failure, ...] = ()
     first_observation: str = ""
+    num_cut_observations: int = 0
 
     @property
     def failed(self) -> bool:

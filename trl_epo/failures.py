@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from accelerate.utils import gather_object
 
 from .envs.base import EnvironmentDied, InvalidAnswer
+from .text import MAX_FAILURE_LENGTH, printable, taken_in
 
 
 if TYPE_CHECKING:
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-MAX_TRACEBACK_LENGTH = 20_000  # characters
+MAX_CAUSE_LENGTH = 500  # characters
 
 
 class FailureKind(str, Enum):
@@ -69,8 +70,8 @@ class Failure:
         num_turns (`int`): Turns that had been played.
         action (`str` or `None`): The action that the environment was to answer; `None` for `reset`, or if the model
             gave none.
-        cause (`str`): The error, in a line.
-        traceback (`str`): The error with its traceback, at most `MAX_TRACEBACK_LENGTH` characters, cut in the middle.
+        cause (`str`): The error, in a printable line.
+        traceback (`str`): The error with its traceback, as it is but bounded.
     """
 
     kind: FailureKind
@@ -81,19 +82,12 @@ class Failure:
 
     @classmethod
     def of(cls, kind: FailureKind, error: Exception, num_turns: int, action: str | None) -> "Failure":
-        cause = _shortened(" ".join(traceback.format_exception_only(error)[-1].split()), 500)
-        text = _shortened("".join(traceback.format_exception(error)), MAX_TRACEBACK_LENGTH)
+        cause = printable(taken_in(" ".join(traceback.format_exception_only(error)[-1].split()), MAX_CAUSE_LENGTH))
+        text = taken_in("".join(traceback.format_exception(error)), MAX_FAILURE_LENGTH)
         return cls(kind, num_turns, action, cause, text)
 
     def __str__(self) -> str:
         return f"{self.kind.value} after {self.num_turns} turns: {self.cause}"
-
-
-def _shortened(text: str, length: int) -> str:
-    if len(text) <= length:
-        return text
-    half = length // 2
-    return f"{text[:half]} [… {len(text) - 2 * half} characters left out …] {text[-half:]}"
 
 
 class FailureLog:

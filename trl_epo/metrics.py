@@ -19,6 +19,7 @@ class EpisodeSummary:
     num_late_answers: int
     stop_reason: StopReason
     row: int = 0  # which row of an evaluation set it is an episode of
+    num_cut_observations: int = 0
 
     @classmethod
     def of(cls, episode: Episode, row: int = 0) -> "EpisodeSummary":
@@ -31,6 +32,7 @@ class EpisodeSummary:
             num_late_answers=episode.num_late_answers,
             stop_reason=episode.stop_reason,
             row=row,
+            num_cut_observations=episode.num_cut_observations,
         )
 
 
@@ -43,7 +45,8 @@ def episode_metrics(summaries: Sequence[EpisodeSummary]) -> dict[str, float]:
             `episode/success_rate` and, with several tasks, `episode/success_rate/<task>` (fractions of the episodes
             whose environment tells); `episode/return` (mean undiscounted return, without penalties); `episode/turns`
             (mean); `episode/invalid_actions` (fraction of actions); `episode/late_answers`
-            (mean number of answers that generation did not wait for); `episode/stop/<reason>` (fraction of episodes).
+            (mean number of answers that generation did not wait for); `episode/cut_observations` (mean number of
+            observations that were too long); `episode/stop/<reason>` (fraction of episodes).
     """
     if not summaries:
         return {}
@@ -65,6 +68,7 @@ def episode_metrics(summaries: Sequence[EpisodeSummary]) -> dict[str, float]:
         num_actions = sum(summary.num_turns for summary in played)
         metrics["episode/invalid_actions"] = sum(s.num_invalid_actions for s in played) / max(num_actions, 1)
         metrics["episode/late_answers"] = _mean([summary.num_late_answers for summary in played])
+        metrics["episode/cut_observations"] = _mean([summary.num_cut_observations for summary in played])
     for reason in StopReason:
         metrics[f"episode/stop/{reason.value}"] = _mean([s.stop_reason is reason for s in summaries])
     return metrics

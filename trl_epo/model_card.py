@@ -42,7 +42,7 @@ def complete_model_card(path: Path, args: EPOConfig, log_history: list[dict[str,
         name: (entry["step"], value)
         for entry in log_history
         for name, value in entry.items()
-        if value is not None and name.endswith(RESULTS)
+        if value is not None and name.endswith(RESULTS) and "success_rate/" not in name
     }
     if results:
         section += ["Last logged:", "", "| metric | step | value |", "| --- | --- | --- |"]

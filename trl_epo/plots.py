@@ -33,7 +33,7 @@ def plot_training(log_history: Sequence[dict[str, Any]], path: str | PathLike) -
 
     success.plot(*series("episode/success_rate"), color="tab:blue", label="training episodes")
     for name in sorted({name for entry in log_history for name in entry}):
-        if name.startswith("eval") and name.endswith("episode/success_rate"):
+        if name.startswith("eval") and name.endswith("episode/success_rate") and "success_rate/" not in name:
             panel = name.removeprefix("eval_").removesuffix("episode/success_rate").strip("_/") or "held-out"
             success.plot(*series(name), marker="o", linestyle="--", label=panel)
     success.set(title="Success rate", xlabel="optimizer step", ylim=(-0.02, 1.02))

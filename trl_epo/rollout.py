@@ -11,16 +11,19 @@ from concurrent.futures import ALL_COMPLETED, FIRST_COMPLETED, Future, wait
 from dataclasses import dataclass, field
 from typing import Any
 
-from .contexts import ContextRules, NextTurn, PastTurn, TurnView, add_observation
+from .contexts import ContextRules, NextTurn, PastTurn, TurnView
 from .environment_pool import EnvironmentPool, EnvironmentWorker
 from .episode import Episode, StopReason, Turn
 from .failures import BadInput, Failure, FailureKind, kind_of
 from .generation import Sample, TurnSampler
+from .text import info_taken_in, name_of, taken_in
 
 
 logger = logging.getLogger(__name__)
 
 ActionParser = Callable[[str], str | None]
+
+NO_PROMPT = [{"role": "user", "content": ""}]  # of an episode that failed before it had one
 
 _ACTION_TAG = re.compile(r"<action>(.*?)</action>", re.DOTALL)
 
@@ -79,6 +82,7 @@ class Limits:
         max_concurrent_episodes (`float`): Episodes that are played at once.
         patience (`float`): How long generation waits for an environment's answer before it goes on without, in seconds.
         max_retries (`int`): How often an episode whose environment fails is played again.
+        max_observation_length (`int` or `None`): Longest observation, in characters; longer ones are cut.
     """
 
     max_turns: int
@@ -86,6 +90,7 @@ class Limits:
     max_concurrent_episodes: float = math.inf
     patience: float = math.inf
     max_retries: int = 0
+    max_observation_length: int | None = None
 
 
 @dataclass
@@ -107,6 +112,7 @@ class _Playing:
     success: bool | None = None
     task: str | None = None
     num_late_answers: int = 0
+    num_cut_observations: int = 0
     stop_reason: StopReason | None = None
     failures: tuple[Failure, ...] = ()
     deadline: float = math.inf  # when the environment must have answered, on the clock of `time.monotonic`
@@ -163,20 +169,20 @@ class _Playing:
         """Note what the environment answered, and prepare the next turn or stop."""
         kind = None
         try:
-            answered = answer.result()
+            observation, *verdict, info = answer.result()
             kind = FailureKind.INVALID_ANSWER
-            self._note_info(answered[-1])
+            observation, info = self._take_in(observation, info, limits)
             kind = FailureKind.INPUT
             if self.sample is None:
-                self._begin(*answered, rules)
+                self._begin(observation, info, rules)
             else:
-                self._note_turn(*answered, rules, limits)
+                self._note_turn(observation, *verdict, info, rules, limits)
         except Exception as error:
             kind = kind or kind_of(error)
             action = None if self.sample is None else self.action
             self.failures += (Failure.of(kind, error, len(self.turns), action),)
             self.stop_reason = StopReason.FAILURE
-            self.prompt = self.prompt or add_observation(self.start.prompt, "")
+            self.prompt = self.prompt or NO_PROMPT
 
     def may_be_played_again(self, limits: Limits) -> bool:
         """Whether a failed episode gets another try."""
@@ -238,11 +244,15 @@ class _Playing:
             for observation, turn in zip(observations, self.turns, strict=False)
         ]
 
-    def _note_info(self, info: dict[str, Any]) -> None:
+    def _take_in(self, observation: str, info: dict[str, Any], limits: Limits) -> tuple[str, dict[str, Any]]:
+        """Note what an environment tells in `info`; return its texts as they are kept: encodable, and not too long."""
+        length = limits.max_observation_length
+        self.num_cut_observations += length is not None and len(observation) > length
         success = info.get("success")
         task = self.start.options.get("task") or info.get("task")
         self.success = None if success is None else bool(success)
-        self.task = None if task is None else str(task)
+        self.task = None if task is None else name_of(task)
+        return taken_in(observation, length), info_taken_in(info, length)
 
     def leave(self, pool: EnvironmentPool) -> None:
         """Let go of the environment, which is used again if the episode came to an end of its own."""
@@ -267,6 +277,7 @@ class _Playing:
             num_late_answers=self.num_late_answers,
             failures=self.failures,
             first_observation=self.first_observation,
+            num_cut_observations=self.num_cut_observations,
         )
 
 

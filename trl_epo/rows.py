@@ -6,6 +6,7 @@ from datasets import Dataset
 
 from .config import EPOConfig
 from .environment_pool import EnvironmentPool
+from .text import info_taken_in, printable, shown, taken_in
 
 
 # Columns of a dataset row that the trainer itself uses; the others are the environment's options.
@@ -40,7 +41,7 @@ class FirstRow(NamedTuple):
     info: dict[str, Any]
 
 
-def check_first_row(pool: EnvironmentPool, dataset) -> FirstRow:
+def check_first_row(pool: EnvironmentPool, dataset, max_observation_length: int | None) -> FirstRow:
     """Reset an environment with the dataset's first row, so that a misfit shows before any training time is spent."""
     row = next(iter(dataset), None)
     if row is None:
@@ -48,7 +49,7 @@ def check_first_row(pool: EnvironmentPool, dataset) -> FirstRow:
     prompt = row.get("prompt")
     if prompt is not None and not isinstance(prompt, list):
         raise ValueError(
-            f"The dataset's `prompt` is {prompt!r}, but text episodes need a list of messages, e.g. "
+            f"The dataset's `prompt` is {shown(prompt)}, but text episodes need a list of messages, e.g. "
             '`[{"role": "system", "content": "You are …"}]`, or no such column.'
         )
     name = row.get("environment") if pool.named else None
@@ -60,12 +61,16 @@ def check_first_row(pool: EnvironmentPool, dataset) -> FirstRow:
     worker = pool.take(name)
     options = environment_options(row)
     try:
-        answer = pool.wait_for(worker.reset(seed=0, options=options))
+        observation, info = pool.wait_for(worker.reset(seed=0, options=options))
     except Exception as error:
         pool.discard(worker)
         raise ValueError(
-            f"The environment {worker.kind} could not be reset with the dataset's first row {options}: {error} "
-            "`trl_epo.check_env` tells what is wrong with an environment."
+            f"The environment {worker.kind} could not be reset with the dataset's first row {shown(options)}: "
+            f"{printable(str(error))} `trl_epo.check_env` tells what is wrong with an environment."
         ) from error
     pool.give_back(name, worker)
-    return FirstRow(prompt or [], *answer)
+    return FirstRow(
+        prompt or [],
+        taken_in(observation, max_observation_length),
+        info_taken_in(info, max_observation_length),
+    )

@@ -196,7 +196,7 @@ class EPOTrainer(SeamedGRPOTrainer):
                 )
             if train_dataset is None:
                 train_dataset = placeholder_dataset(args, self._environments)
-            first_row = check_first_row(self._environments, train_dataset)
+            first_row = check_first_row(self._environments, train_dataset, args.max_observation_length)
         elif args.advantage_estimator != "grpo" or args.filter_zero_variance_groups or args.context != "transcript":
             raise ValueError(
                 f"`advantage_estimator={args.advantage_estimator!r}`, `filter_zero_variance_groups="
@@ -266,6 +266,7 @@ class EPOTrainer(SeamedGRPOTrainer):
             max_concurrent_episodes=self.args.max_concurrent_episodes or math.inf,
             patience=self.args.environment_patience,
             max_retries=self.args.env_max_retries,
+            max_observation_length=self.args.max_observation_length,
         )
         self._failures = FailureLog(Path(self.args.output_dir, FAILURES_FILE), self.is_world_process_zero())
         self._context_rules = ContextRules(

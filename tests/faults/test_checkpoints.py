@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import make_model, make_tokenizer
-from runs import SETTINGS, make_trainer, same, start, weights
 from trl import GRPOConfig, GRPOTrainer
 
+from runs import SETTINGS, make_trainer, same, start, weights
 from trl_epo.checkpoints import (
     MANIFEST,
     begin_checkpoint,

@@ -5,6 +5,7 @@ from typing import Any
 
 import gymnasium
 
+from ..text import printable
 from .base import InvalidAnswer, check_reset, check_step
 
 
@@ -56,7 +57,7 @@ def _check_episode(env: gymnasium.Env, options: dict[str, Any]) -> list[str]:
         try:
             answer = call()
         except Exception as error:
-            problems.append(f"{what} raised {type(error).__name__}: {error}")
+            problems.append(f"{what} raised {type(error).__name__}: {printable(str(error))}")
             return None
         try:
             return check(answer)
