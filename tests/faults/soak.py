@@ -160,10 +160,13 @@ def train(args: argparse.Namespace, session: int) -> None:
 
         def __init__(self):
             self.notes = notes(10**8 + session)
+            self.scale = 1.0
 
-        def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
-            if self.notes.draw(("nonfinite",)):
-                next(p for p in model.parameters() if p.grad is not None).grad.fill_(math.inf)
+        def on_train_begin(self, args, state, control, model=None, **kwargs):
+            next(model.parameters()).register_hook(lambda gradient: gradient * self.scale)
+
+        def on_step_begin(self, args, state, control, **kwargs):
+            self.scale = math.inf if self.notes.draw(("nonfinite",)) else 1.0
 
         def on_step_end(self, args, state, control, **kwargs):
             if state.global_step % 20:
@@ -236,9 +239,7 @@ def report(folder: Path, sessions: list[dict[str, Any]]) -> dict[str, Any]:
     written.subtract(line["kind"] for line in of_java)
     last = max(folder.glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]))
     log = json.loads((last / "trainer_state.json").read_text())["log_history"]
-    logged = Counter()
-    for entry in log:
-        logged.update({name: value for name, value in entry.items() if name.startswith("faults/")})
+    logged = Counter(next(entry for entry in reversed(log) if "episode/stop/failure" in entry))
     in_log = Counter({kind: round(logged[f"faults/{kind}"]) for kind in set(KINDS.values())})
     in_log.subtract(line["kind"] for line in of_java if line["kind"] in in_log)
     usage = lines(folder / "usage.jsonl")
@@ -256,7 +257,6 @@ def report(folder: Path, sessions: list[dict[str, Any]]) -> dict[str, Any]:
             "episodes lost": dict(Counter(line["kind"] for line in of_java)),
         },
         "nonfinite": {"injected": injected["nonfinite"], "skipped": round(logged["faults/nonfinite_steps"])},
-        "huge": {"injected": injected["huge"], "cut": round(logged["faults/cut_observations"])},
         "retried": sum(line["retried"] for line in failures),
         "masked": sum(not line["retried"] for line in failures),
         "usage": [usage[round(share * (len(usage) - 1))] for share in (0.02, 0.25, 0.5, 0.75, 1.0)] if usage else [],

@@ -16,6 +16,7 @@ import os
 import subprocess
 import threading
 import weakref
+from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -359,6 +360,7 @@ class _Simulator:
             try:
                 if self._server_class is None:
                     self._load_classes()
+                self.client.tell_of_dropped()
                 if world.simplifications not in (None, self._simplifications):
                     self._simplifier.parseSimplificationStr(world.simplifications)
                     self._simplifications = world.simplifications
@@ -408,6 +410,17 @@ class _Jvm:
                 self._give_back_connection(connection)
                 return answer
 
+            # When Python drops a Java object py4j's own tells Java at once, on whatever thread that is: perhaps the main
+            # one, which would wait for a Java that is stopped.
+            dropped: deque[str]
+
+            def garbage_collect_object(self, target_id):
+                self.dropped.append(target_id)
+
+            def tell_of_dropped(self):
+                while self.dropped:
+                    super().garbage_collect_object(self.dropped.popleft())
+
         options = [f"-Xmx{HEAP}", "-XX:+UseSerialGC", "-XX:+ExitOnOutOfMemoryError"]
         try:
             port, token, self.process = launch_gateway(
@@ -426,6 +439,7 @@ class _Jvm:
 
         def connect() -> tuple[Client, JavaGateway]:
             client = Client(gateway_parameters=parameters)
+            client.dropped = deque()
             gateway = JavaGateway(gateway_parameters=parameters)
             gateway.set_gateway_client(client)
             return client, gateway
