@@ -152,8 +152,8 @@ class ContextRules:
             except Exception as error:
                 raise ValueError(
                     f"The `prompt_builder` could not build a prompt for turn {num_steps} of the dataset's first row: "
-                    f"{type(error).__name__}: {printable(str(error))}. It gets a `trl_epo.contexts.TurnView` and must return the user "
-                    "message as a `str`, or a list of messages."
+                    f"{type(error).__name__}: {printable(str(error))}. It gets a `trl_epo.contexts.TurnView` and must return "
+                    "the user message as a `str`, or a list of messages."
                 ) from error
 
     def first(
