@@ -8,27 +8,14 @@ import numpy as np
 import torch
 from conftest import Corridor, make_model, make_tokenizer
 from datasets import Dataset
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
+from runs import SETTINGS
 from trl_epo import EPOConfig, EPOTrainer
 
 
-BASE = {
-    "per_device_train_batch_size": 4,
-    "num_generations": 4,
-    "max_turns": 3,
-    "max_turn_length": 4,
-    "max_steps": 6,
-    "learning_rate": 1e-2,
-    "logging_steps": 1,
-    "save_strategy": "steps",
-    "save_steps": 1,
-    "use_cpu": True,
-    "bf16": False,
-    "gradient_checkpointing": False,
-    "disable_tqdm": True,
-}
+BASE = {**SETTINGS, "max_turns": 3, "max_steps": 6, "save_strategy": "steps", "save_steps": 1}
 ROWS = Dataset.from_dict({"length": [2, 3, 4, 5, 6]})
 # Times, and Trainer's summary at the end, which is of the steps since the resume
 NOT_COMPARED = {
@@ -132,7 +119,13 @@ RUNS = st.fixed_dictionaries(
 )
 
 
-@settings(max_examples=8, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+@settings(
+    max_examples=8,
+    deadline=None,
+    derandomize=True,
+    phases=[Phase.generate],  # a smaller example would cost a hundred runs
+    suppress_health_check=list(HealthCheck),
+)
 @given(RUNS)
 def test_resumed_at_any_step(run):
     check(**{name: value for name, value in run.items() if name != "entropy"}, **run["entropy"])
