@@ -36,6 +36,20 @@ logger = logging.get_logger(__name__)
 
 # Name of each method that is overridden or called -> its parameters.
 SIGNATURES = {
+    "_run_epoch": (
+        "self",
+        "model",
+        "epoch",
+        "train_dataloader",
+        "steps_in_epoch",
+        "num_update_steps_per_epoch",
+        "trial",
+        "ignore_keys_for_eval",
+        "start_time",
+        "resume_from_checkpoint",
+        "epochs_trained",
+        "steps_trained_in_current_epoch",
+    ),
     "training_step": ("self", "model", "inputs", "num_items_in_batch"),
     "_get_grad_norm": ("self", "model", "grad_norm"),
     "_maybe_log_save_evaluate": (
@@ -148,6 +162,12 @@ class FaultTolerantGRPOTrainer(GRPOTrainer):
     def _any_process(self, happened: bool) -> bool:
         """Whether it did on any process; called by all."""
         return bool(self.accelerator.reduce(torch.tensor(float(happened), device=self.accelerator.device), "sum"))
+
+    def _run_epoch(self, *args, **kwargs):
+        if self.state.global_step < self.state.max_steps:
+            super()._run_epoch(*args, **kwargs)
+        else:  # resumed at the end: Trainer would make another step
+            self.control.should_training_stop = True
 
     def training_step(self, model, inputs, num_items_in_batch):
         if self._losses_to_log is not None:

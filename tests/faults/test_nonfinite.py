@@ -6,7 +6,7 @@ from itertools import pairwise
 import pytest
 import torch
 from conftest import Corridor, make_model, make_tokenizer
-from runs import SETTINGS, Poisoned, make_trainer, weights
+from faulty_runs import SETTINGS, Poisoned, make_trainer, weights
 from transformers import AutoModelForCausalLM, TrainerCallback
 
 from trl_epo import EPOConfig, EPOTrainer

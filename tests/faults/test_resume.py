@@ -8,10 +8,10 @@ import numpy as np
 import torch
 from conftest import Corridor, make_model, make_tokenizer
 from datasets import Dataset
+from faulty_runs import SETTINGS
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
-from runs import SETTINGS
 from trl_epo import EPOConfig, EPOTrainer
 
 

@@ -10,7 +10,7 @@ import time
 import pytest
 import torch
 from datasets import Dataset
-from runs import When, make_trainer, same, start, wait_for_step, weights
+from faulty_runs import When, make_trainer, same, start, wait_for_step, weights
 
 from trl_epo import interruption
 from trl_epo.checkpoints import last_whole_checkpoint
