@@ -208,8 +208,10 @@ class TestCommands:
 
     def test_resume(self, trained, model_folder):
         flags = ("--config", SMALL, "--model_name_or_path", model_folder, "--output_dir", trained, *FEW_STEPS)
+        (trained / "checkpoint-9").mkdir()  # cut before it had any file
         done = run("train", *flags, "--resume", "--max_steps", "3", "--eval_strategy", "no", cwd=trained)
         assert done.returncode == 0, done.stderr[-3000:]
+        assert "checkpoint-9 is passed over" in done.stderr
         history = json.loads((trained / "trainer_state.json").read_text())["log_history"]
         assert [entry["step"] for entry in history if "epo/entropy" in entry] == [1, 2, 3]
 

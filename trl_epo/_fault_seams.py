@@ -36,6 +36,20 @@ logger = logging.get_logger(__name__)
 
 # Name of each method that is overridden or called -> its parameters.
 SIGNATURES = {
+    "_run_epoch": (
+        "self",
+        "model",
+        "epoch",
+        "train_dataloader",
+        "steps_in_epoch",
+        "num_update_steps_per_epoch",
+        "trial",
+        "ignore_keys_for_eval",
+        "start_time",
+        "resume_from_checkpoint",
+        "epochs_trained",
+        "steps_trained_in_current_epoch",
+    ),
     "training_step": ("self", "model", "inputs", "num_items_in_batch"),
     "_get_grad_norm": ("self", "model", "grad_norm"),
     "_maybe_log_save_evaluate": (
@@ -137,12 +151,23 @@ class FaultTolerantGRPOTrainer(GRPOTrainer):
         self._metrics["train"].clear()
         if self.use_vllm:
             self._last_loaded_step = -1
-        with self._interruption:
-            return super().train(checkpoint, *args, **kwargs)
+        with self._interruption as interruption:
+            result = super().train(checkpoint, *args, **kwargs)
+        if interruption.requested:
+            logger.warning(
+                "SIGTERM came after the last step: training is complete, and what follows it is not cut short."
+            )
+        return result
 
     def _any_process(self, happened: bool) -> bool:
         """Whether it did on any process; called by all."""
         return bool(self.accelerator.reduce(torch.tensor(float(happened), device=self.accelerator.device), "sum"))
+
+    def _run_epoch(self, *args, **kwargs):
+        if self.state.global_step < self.state.max_steps:
+            super()._run_epoch(*args, **kwargs)
+        else:  # resumed at the end: Trainer would make another step
+            self.control.should_training_stop = True
 
     def training_step(self, model, inputs, num_items_in_batch):
         if self._losses_to_log is not None:
@@ -154,6 +179,9 @@ class FaultTolerantGRPOTrainer(GRPOTrainer):
 
     def _get_grad_norm(self, model, grad_norm=None):
         norm = super()._get_grad_norm(model, grad_norm)  # Trainer's last act before the optimizer's
+        if self.accelerator.distributed_type == DistributedType.DEEPSPEED:
+            self._check_deepspeeds_step(norm)
+            return norm
         policy = set(model.parameters())
         others = [
             weight
@@ -162,35 +190,37 @@ class FaultTolerantGRPOTrainer(GRPOTrainer):
             for weight in group["params"]
             if weight not in policy
         ]
-        finite = gradient_is_finite(norm, others)
-        stepped = self.accelerator.distributed_type == DistributedType.DEEPSPEED  # in the backward pass
-        if leaves_overflow_to_scaler(self.accelerator) or (stepped and self.accelerator.optimizer_step_was_skipped):
-            finite = True
+        finite = leaves_overflow_to_scaler(self.accelerator) or gradient_is_finite(norm, others)
         finite = not self._any_process(not (finite and self._nonfinite.losses_are_finite()))
         self._nonfinite.end_step(finite)
         if not finite:
-            self._leave_out_step(stepped and not self.accelerator.optimizer_step_was_skipped)
+            logger.warning(
+                f"The loss or the gradient of optimizer step {self.state.global_step + 1} is not finite: it is left out "
+                f"({self._nonfinite.in_a_row} in a row)."
+            )
+            for optimizer in self.accelerator._optimizers:
+                optimizer.zero_grad()  # no gradient at all, with which optimizers leave a weight and its state alone
         return norm
 
-    def _leave_out_step(self, too_late: bool) -> None:
-        if too_late:
+    def _check_deepspeeds_step(self, norm) -> None:
+        """DeepSpeed steps in the backward pass, or leaves that out by itself, as its configuration has it."""
+        left_out = self.accelerator.optimizer_step_was_skipped
+        if not left_out and not gradient_is_finite(norm, ()):
             raise FloatingPointError(
-                "The loss or the gradient is not finite, and DeepSpeed has already made the optimizer step, so the weights are "
-                'lost. Resume from the last checkpoint, with `"bf16": {"check_grad_overflow": true}` in DeepSpeed\'s '
-                "configuration, which leaves out such steps."
+                "The gradient is not finite, and DeepSpeed has already made the optimizer step, so the weights are lost. Resume "
+                'from the last checkpoint with `"bf16": {"check_grad_overflow": true}` in DeepSpeed\'s configuration, with '
+                "which it leaves out such steps."
             )
-        logger.warning(
-            f"The loss or the gradient of optimizer step {self.state.global_step + 1} is not finite: it is left out "
-            f"({self._nonfinite.in_a_row} in a row)."
-        )
-        for optimizer in self.accelerator._optimizers:
-            optimizer.zero_grad()  # no gradient at all, with which optimizers leave a weight and its state alone
+        self._nonfinite.end_step(not left_out or self.args.fp16)  # in fp16 it is looking for its scale
 
     def _maybe_log_save_evaluate(self, tr_loss, grad_norm, model, trial, *args, **kwargs):
         stops = self._any_process(self._interruption.requested)
         gives_up = self._nonfinite.in_a_row >= self.args.max_nonfinite_steps
         if stops or gives_up:
-            self.control.should_evaluate, self.control.should_save, self._must_save = False, True, True
+            self._must_save = True
+            self.control.should_evaluate = False
+            self.control.should_log = self.control.should_log or gives_up
+            self.control.should_save = self._saved_step != self.state.global_step
         if self.control.should_log:
             self._metrics["train"]["faults/nonfinite_steps"] = [self._nonfinite.total]
         took_time = self.control.should_evaluate or self.control.should_save
@@ -204,9 +234,9 @@ class FaultTolerantGRPOTrainer(GRPOTrainer):
             raise FloatingPointError(
                 f"The loss or the gradient was not finite in {self._nonfinite.in_a_row} optimizer steps in a row "
                 f"(`max_nonfinite_steps={self.args.max_nonfinite_steps}`), which were left out. The weights of the last good one "
-                f"are in {PREFIX_CHECKPOINT_DIR}-{self.state.global_step}. Look for rewards that are infinite; lower "
-                "`learning_rate` or `max_grad_norm`, use bf16 or float32 instead of fp16, and resume from there or, if the "
-                "entropy or `kl` had run away before, from an earlier checkpoint."
+                f"are in {PREFIX_CHECKPOINT_DIR}-{self.state.global_step}. Look for rewards that are infinite, "
+                "lower `learning_rate`, use bf16 or float32 instead of fp16; then resume from there or, if the entropy or `kl` "
+                "had run away before, from an earlier checkpoint."
             )
         if stops:
             logger.warning(
@@ -337,7 +367,8 @@ class FaultTolerantGRPOTrainer(GRPOTrainer):
         changes = [f"{name} {before[name]} -> {now[name]}" for name in GEOMETRY if before[name] != now[name]]
         if self._any_process(bool(changes)):
             logger.warning(
-                f"{folder} was written with other batches ({', '.join(changes)}): a new generation batch begins."
+                f"{folder} was written with other batches ({', '.join(changes) or 'on another process'}): a new generation "
+                "batch begins."
             )
             return
         self._step = state["step"]

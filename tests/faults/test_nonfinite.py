@@ -6,9 +6,9 @@ from itertools import pairwise
 import pytest
 import torch
 from conftest import Corridor, make_model, make_tokenizer
+from faulty_runs import SETTINGS, Poisoned, make_trainer, weights
 from transformers import AutoModelForCausalLM, TrainerCallback
 
-from runs import SETTINGS, Poisoned, make_trainer, weights
 from trl_epo import EPOConfig, EPOTrainer
 from trl_epo.entropy_term import EntropyTerm, Moment
 

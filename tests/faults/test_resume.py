@@ -8,27 +8,14 @@ import numpy as np
 import torch
 from conftest import Corridor, make_model, make_tokenizer
 from datasets import Dataset
-from hypothesis import HealthCheck, given, settings
+from faulty_runs import SETTINGS
+from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
 from trl_epo import EPOConfig, EPOTrainer
 
 
-BASE = {
-    "per_device_train_batch_size": 4,
-    "num_generations": 4,
-    "max_turns": 3,
-    "max_turn_length": 4,
-    "max_steps": 6,
-    "learning_rate": 1e-2,
-    "logging_steps": 1,
-    "save_strategy": "steps",
-    "save_steps": 1,
-    "use_cpu": True,
-    "bf16": False,
-    "gradient_checkpointing": False,
-    "disable_tqdm": True,
-}
+BASE = {**SETTINGS, "max_turns": 3, "max_steps": 6, "save_strategy": "steps", "save_steps": 1}
 ROWS = Dataset.from_dict({"length": [2, 3, 4, 5, 6]})
 # Times, and Trainer's summary at the end, which is of the steps since the resume
 NOT_COMPARED = {
@@ -109,18 +96,19 @@ def check(stop: int, **kwargs) -> None:
         assert_equal(resumed, whole)
 
 
+# The first of each makes the first example.
 RUNS = st.fixed_dictionaries(
     {
-        "stop": st.integers(1, 5),
-        "num_iterations": st.integers(1, 3),
-        "steps_per_generation": st.integers(1, 4),
+        "stop": st.sampled_from([3, 1, 2, 4, 5]),
+        "num_iterations": st.sampled_from([2, 1, 3]),
+        "steps_per_generation": st.sampled_from([2, 1, 3, 4]),
         "gradient_accumulation_steps": st.integers(1, 2),
-        "context": st.sampled_from(["transcript", "window"]),
-        "advantage_estimator": st.sampled_from(["grpo", "gae", "gigpo", "turn"]),
+        "context": st.sampled_from(["window", "transcript"]),
+        "advantage_estimator": st.sampled_from(["gae", "grpo", "gigpo", "turn"]),
         "entropy": st.sampled_from(
             [
-                {"entropy_coef": 0.5, "entropy_corridor_high": 1.0},
                 {"entropy_coef": 0.5, "entropy_corridor_high": 1.0, "entropy_reference": "turn_history"},
+                {"entropy_coef": 0.5, "entropy_corridor_high": 1.0},
                 {"entropy_coef": 0.0, "entropy_corridor_coef": 0.5, "entropy_corridor_high": 1.0},
                 {"entropy_coef": 0.0, "use_adaptive_entropy": True, "entropy_coef_delta": 0.1, "entropy_target": 9.0},
             ]
@@ -132,7 +120,13 @@ RUNS = st.fixed_dictionaries(
 )
 
 
-@settings(max_examples=8, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+@settings(
+    max_examples=8,
+    deadline=None,
+    derandomize=True,
+    phases=[Phase.generate],  # a smaller example would cost a hundred runs
+    suppress_health_check=list(HealthCheck),
+)
 @given(RUNS)
 def test_resumed_at_any_step(run):
     check(**{name: value for name, value in run.items() if name != "entropy"}, **run["entropy"])

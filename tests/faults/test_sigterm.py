@@ -10,8 +10,8 @@ import time
 import pytest
 import torch
 from datasets import Dataset
+from faulty_runs import When, make_trainer, same, start, wait_for_step, weights
 
-from runs import When, make_trainer, same, start, wait_for_step, weights
 from trl_epo import interruption
 from trl_epo.checkpoints import last_whole_checkpoint
 

@@ -1,6 +1,7 @@
-"""Runs in processes of their own, to be interrupted and killed: `python runs.py FUNCTION FOLDER`."""
+"""Runs in processes of their own, to be interrupted and killed: `python faulty_runs.py FUNCTION FOLDER`."""
 
 import atexit
+import faulthandler
 import json
 import math
 import os
@@ -160,6 +161,9 @@ def kills(folder: Path) -> None:
     draw = random.Random(0)
     kwargs = {"save_strategy": "steps", "save_steps": 1, "save_total_limit": 1, "max_steps": 8}
 
+    def has_ended(child: int) -> bool:
+        return os.waitid(os.P_PID, child, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
+
     def train(where: Path) -> int:
         """In a fork, since this takes a fraction of a new process's time."""
         child = os.fork()
@@ -176,19 +180,20 @@ def kills(folder: Path) -> None:
         return child
 
     os.waitpid(train(folder / "whole"), 0)
-    while True:
-        killed = folder / "killed"
+    times = [path.stat().st_mtime for path in Path(folder, "whole", "checkpoint-8").rglob("*") if path.is_file()]
+    killed = folder / "killed"
+    for _ in range(12):
         before = set(killed.glob("checkpoint-*"))
         child = train(killed)
-        while set(killed.glob("checkpoint-*")) <= before and not os.waitid(
-            os.P_PID, child, os.WEXITED | os.WNOHANG | os.WNOWAIT
-        ):
+        while set(killed.glob("checkpoint-*")) <= before and not has_ended(child):
             time.sleep(0.0005)
-        time.sleep(draw.uniform(0.0, 0.06))
+        time.sleep(draw.uniform(0.0, 1.5 * (max(times) - min(times))))
         os.kill(child, signal.SIGKILL)
         if os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0:
             break
         say(f"killed {sorted(path.name for path in killed.glob('checkpoint-*'))} {last_whole_checkpoint(killed)}")
+    else:
+        os.waitpid(train(killed), 0)
     ends = [torch.load(folder / name / "end.pt") for name in ("whole", "killed")]
     say("same" if torch.equal(ends[0][0], ends[1][0]) and ends[0][1] == ends[1][1] else "different")
 
@@ -212,4 +217,5 @@ def full_disk(folder: Path) -> None:
 
 
 if __name__ == "__main__":
+    faulthandler.dump_traceback_later(240, exit=True)  # rather than hang
     globals()[sys.argv[1]](Path(sys.argv[2]))
