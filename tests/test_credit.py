@@ -363,9 +363,12 @@ class TestCritic:
         trainer.train()
         assert not torch.equal(critic_weights(trainer), before)
         optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=0.1)
-        schedule = torch.optim.lr_scheduler.ConstantLR(optimizer)
-        with pytest.raises(ValueError, match=r"Give `\(optimizer, None\)`"):
-            make_trainer(tmp_path, tokenizer, **kwargs, trainer_kwargs={"optimizers": (optimizer, schedule)})
+        both = (optimizer, torch.optim.lr_scheduler.ConstantLR(optimizer))
+        given = make_trainer(tmp_path, tokenizer, **kwargs, trainer_kwargs={"optimizers": both})
+        policy, critic = weights(given), critic_weights(given)
+        given.train()
+        assert torch.equal(weights(given), policy)  # the optimizer given is the policy's
+        assert not torch.equal(critic_weights(given), critic)
 
     def test_gradients_of_a_skipped_step_are_forgotten(self, tmp_path, tokenizer):
         trainer = make_trainer(tmp_path, tokenizer, factory=Steps, advantage_estimator="gae", max_steps=1)

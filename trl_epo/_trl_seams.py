@@ -7,7 +7,7 @@ Every private name of TRL that this package relies on, and nothing else.
 
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -30,6 +30,7 @@ from .generation import (
     unfit_for_cached_sampler,
 )
 from .scoring import equal_number_of_forwards, score_tokens
+from .sharding import check_rollouts, whole_weights
 
 
 logger = logging.get_logger(__name__)
@@ -86,7 +87,6 @@ ATTRIBUTES = (
     "_step",
     "_last_loaded_step",
     "_tokenizer",
-    "_dist",
     "eos_token_ids",
     "rollout_func",
     "reward_funcs",
@@ -181,7 +181,7 @@ class SeamedGRPOTrainer(GRPOTrainer):
         return advantages
 
     def save_extras(self, checkpoint: str) -> None:
-        """Called with the folder of a checkpoint that was just written, on the process that writes."""
+        """Called with the folder of a checkpoint that was just written, on every process."""
 
     def load_extras(self, checkpoint: str) -> None:
         """Called with the folder of the checkpoint that training resumes from, on every process."""
@@ -209,6 +209,9 @@ class SeamedGRPOTrainer(GRPOTrainer):
 
     def use_played_episodes(self) -> None:
         """Take completions from [`set_played_batch`] from now on, instead of generating them."""
+        if not self.use_vllm:
+            slow = self.use_transformers_continuous_batching or unfit_for_cached_sampler(self._causal_lm(self.model))
+            check_rollouts(self.accelerator, calls_whole_model=bool(slow))
         self._plays_episodes = True
         self.rollout_func = lambda prompts, trainer: dict(self._played_batch["fields"])
 
@@ -288,9 +291,10 @@ class SeamedGRPOTrainer(GRPOTrainer):
         for name, value in metrics.items():
             self._metrics[self.mode][name].append(value)
 
-    def clear_eval_metrics(self) -> None:
-        """Forget the metrics of an evaluation that were not logged."""
-        self._metrics["eval"].clear()
+    def clear_eval_metrics(self, prefix: str = "") -> None:
+        """Forget the metrics of an evaluation that were not logged and whose names begin like this."""
+        for name in [name for name in self._metrics["eval"] if name.startswith(prefix)]:
+            del self._metrics["eval"][name]
 
     def label_eval_metrics(self, dataset_name: str) -> None:
         """Name the metrics of an evaluation after its dataset, as Trainer does: TRL gives those of all one name."""
@@ -340,7 +344,8 @@ class SeamedGRPOTrainer(GRPOTrainer):
                     # Every process at once, also one that will have nothing to ask
                     self.vllm_generation.sync_weights()
                     self._last_loaded_step = self.state.global_step
-                yield RequestTurnSampler(self._generate_request)
+                with nullcontext() if self.use_vllm else whole_weights(self.model_wrapped):
+                    yield RequestTurnSampler(self._generate_request)
             finally:
                 self.model.train(was_training)
             return
@@ -351,7 +356,7 @@ class SeamedGRPOTrainer(GRPOTrainer):
                 gather_deepspeed3_params=self.args.ds3_gather_for_generation,
                 gradient_checkpointing_kwargs=self.args.gradient_checkpointing_kwargs,
             ) as model,
-            self._dist.summon_full_params(self.model_wrapped, recurse=False),
+            whole_weights(self.model_wrapped),
             self.accelerator.autocast(),  # around all forwards, so that it casts each weight once
             _kept_casts(model),
         ):
@@ -505,9 +510,8 @@ class SeamedGRPOTrainer(GRPOTrainer):
 
     def _save_checkpoint(self, model, trial):
         super()._save_checkpoint(model, trial)
-        if self.args.should_save:
-            folder = f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
-            self.save_extras(os.path.join(self._get_output_dir(trial=trial), folder))
+        folder = f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+        self.save_extras(os.path.join(self._get_output_dir(trial=trial), folder))
 
     def _load_best_model(self):
         super()._load_best_model()
