@@ -30,7 +30,7 @@ from .generation import (
     unfit_for_cached_sampler,
 )
 from .scoring import equal_number_of_forwards, score_tokens
-from .sharding import check_rollouts, whole_weights
+from .sharding import check_rollouts, set_timeout, shards_with_zero3, whole_weights
 
 
 logger = logging.get_logger(__name__)
@@ -162,6 +162,8 @@ class SeamedGRPOTrainer(GRPOTrainer):
         self._loss_mask: Tensor | None = None
         self.loss_context_ids: Tensor | None = None  # the context of each of them, (B, T); None: all are in one
         super().__init__(*args, **kwargs)
+        if self.args.use_cpu and self.accelerator.num_processes > 1:
+            set_timeout(self.args.ddp_timeout_delta)  # which transformers passes on for other devices only
 
     # What a subclass may override
 
@@ -421,6 +423,8 @@ class SeamedGRPOTrainer(GRPOTrainer):
                 **multimodal,
             )
         else:
+            # TRL's head does not know a weight of ZeRO-3 again when its forward is computed again
+            recomputes = self.loss_context_ids is not None and not shards_with_zero3(self.accelerator)
             with self.accelerator.autocast(), _head_tiles(input_ids.device):
                 scores = score_tokens(
                     model,
@@ -431,7 +435,7 @@ class SeamedGRPOTrainer(GRPOTrainer):
                     context_ids=self.loss_context_ids,
                     max_rows=batch_size if self.loss_context_ids is None else self._rows_per_forward,
                     aux_loss=compute_aux_loss,
-                    recompute=self.unwrapped_replica(model) if self.loss_context_ids is not None else None,
+                    recompute=self.unwrapped_replica(model) if recomputes else None,
                     equal_number=equal_number_of_forwards(self.accelerator, model),
                 )
             outputs = (scores.logprobs, scores.entropies if compute_entropy else None, scores.aux_loss)

@@ -93,6 +93,10 @@ class EPOConfig(GRPOConfig):
             How long generation waits for an environment to answer before it goes on with the other episodes, in
             seconds. What is sampled together, and so every result, is the same from run to run as long as all answers
             come in that time (`episode/late_answers` counts the others); `float("inf")` waits for each.
+        ddp_timeout (`int`, *optional*, defaults to `7200`):
+            How long a process waits for the others, in seconds, before it takes them for lost and the run ends. With text
+            episodes a process that has played its own waits for the slowest environment of all: an episode may take
+            `max_turns` times as long as the slowest answer. TRL's 1800 seconds would be a minute for each of 30 turns.
         invalid_action_penalty (`float`, *optional*, defaults to `0.0`):
             Subtracted from an episode's reward for each invalid action, in units of reward (paper: 0.1).
         context (`str`, *optional*, defaults to `"transcript"`):
@@ -244,6 +248,12 @@ class EPOConfig(GRPOConfig):
             "Results are the same from run to run as long as all answers come in that time."
         },
     )
+    ddp_timeout: int = field(
+        default=7200,
+        metadata={
+            "help": "How long a process waits for the others, in seconds: longer than the slowest episode takes."
+        },
+    )
     invalid_action_penalty: float = field(
         default=0.0,
         metadata={"help": "Subtracted from an episode's reward for each invalid action."},
@@ -393,6 +403,8 @@ class EPOConfig(GRPOConfig):
             )
         if not self.environment_patience >= 0:
             raise ValueError(f"`environment_patience` is {self.environment_patience}, but must be at least 0 seconds.")
+        if not self.ddp_timeout > 0:
+            raise ValueError(f"`ddp_timeout` is {self.ddp_timeout}, but must be above 0 seconds.")
         if self.max_completion_length is not None and self.max_completion_length < 1:
             raise ValueError(
                 f"`max_completion_length` is {self.max_completion_length}, but must be at least 1 token, or `None` "

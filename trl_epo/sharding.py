@@ -1,14 +1,21 @@
-"""Models whose weights are sharded over processes: FSDP (version 2) and DeepSpeed ZeRO-3."""
+"""Many processes: how long they wait for each other, and models whose weights are sharded (FSDP 2, DeepSpeed ZeRO)."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
+from datetime import timedelta
 
 from accelerate import Accelerator
 from accelerate.utils import DistributedType
 from torch import Tensor, nn
+from torch.distributed import distributed_c10d
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers import TrainingArguments
+
+
+def set_timeout(timeout: timedelta) -> None:
+    """How long a process waits for the others."""
+    distributed_c10d._set_pg_timeout(timeout)
 
 
 def shards_with_fsdp1(accelerator: Accelerator) -> bool:

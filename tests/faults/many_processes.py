@@ -23,35 +23,39 @@ from trl_epo.rollout import parse_action
 
 
 NUM_EPISODES = 8  # of a generation batch, over all processes
+BEGIN = "begin"  # the folder of the model before training, beside those of the cases
+SLOWNESS = 2  # seconds that a slow environment takes for a reset
 FSDP = {
     "version": 2,
     "auto_wrap_policy": "TRANSFORMER_BASED_WRAP",
     "cpu_ram_efficient_loading": False,
     "state_dict_type": "SHARDED_STATE_DICT",
 }
-DEEPSPEED = {"gradient_accumulation_steps": "auto", "gradient_clipping": "auto"} | {
-    name: "auto" for name in ("train_batch_size", "train_micro_batch_size_per_gpu")
-}
+DEEPSPEED = {"gradient_accumulation_steps": "auto", "gradient_clipping": "auto"} | dict.fromkeys(
+    ("train_batch_size", "train_micro_batch_size_per_gpu"), "auto"
+)
 
 
 class Placed(TextEnv):
-    """
-    What happens depends on the episode's place in the batch and on nothing else: the episodes of the second half are longer.
-    """
+    """What happens depends on the episode's place in the batch and on nothing else: the second half's are longer."""
 
     def reset(self, *, seed=None, options=None):
         super().reset(seed=seed)
-        self.place, self.num_steps = options.get("place", 0), 0
+        self.options, self.place, self.num_steps = options, options.get("place", 0), 0
         if self.place in options.get("broken", ()):
             raise OSError(f"place {self.place} is broken")
-        time.sleep(options.get("slow", {}).get(str(self.place), 0))
-        self.turns = 3 if options.get("even") else 1 + self.place % 2 + 2 * (self.place >= NUM_EPISODES // 2)
+        if self.place in options.get("slow", ()):
+            time.sleep(SLOWNESS)
+        long = 2 * (self.place >= NUM_EPISODES // 2)
+        self.turns = 3 if options.get("even") else 1 + self.place % 2 + long
         return "Look! " * (1 + self.place), {}
 
     def step(self, action):
         self.num_steps += 1
         done = self.num_steps == self.turns
         reward = 0.1 * len(action) + done * (self.place % 3)
+        if self.place in self.options.get("flat", ()):
+            reward = float(done)
         return f"You are at {self.place + self.num_steps}.", reward, done, False, {"success": self.place % 3 == 2}
 
 
@@ -62,7 +66,7 @@ class PlacedTrainer(EPOTrainer):
 
     def prepare_rows(self, rows):
         first = self.accelerator.process_index * len(rows)
-        told = {name: self.case.get(name) or {} for name in ("broken", "slow")} | {"even": self.case.get("even", False)}
+        told = {name: self.case[name] for name in ("broken", "even", "flat", "slow") if name in self.case}
         return super().prepare_rows([{**row, **told, "place": first + i} for i, row in enumerate(rows)])
 
 
@@ -79,6 +83,7 @@ def make_trainer(folder: str, case: dict) -> PlacedTrainer:
         "max_turns": 6,
         "max_turn_length": 4,
         "top_k": 1,  # greedy: the same episodes on any number of processes
+        "environment_patience": float("inf"),
         "entropy_coef": 0.1,
         "logging_steps": 1,
         "save_strategy": "no",
@@ -102,9 +107,10 @@ def make_trainer(folder: str, case: dict) -> PlacedTrainer:
         settings |= {"accelerator_config": {"use_configured_state": True}, "use_cpu": False}
         settings |= {"deepspeed": DEEPSPEED | {"zero_optimization": zero}}
     args = EPOConfig(folder, **settings)
+    model = str(Path(folder).parent / BEGIN) if case.get("from_folder") else make_model()
     rows = Dataset.from_dict({"prompt": [[]] * 4})
     trainer = PlacedTrainer(
-        make_model(),
+        model,
         args=args,
         train_dataset=rows,
         eval_dataset=rows.select(range(3)),  # twelve episodes: the second batch is not full
