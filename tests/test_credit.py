@@ -446,6 +446,10 @@ class TestBadInput:
             ({"filter_zero_variance_groups": "drop"}, "'mask', 'resample'"),
             ({"filter_zero_variance_groups": "mask", "advantage_estimator": "gae"}, "group-relative"),
             (
+                {"advantage_estimator": "gae", "lr_scheduler_type": "reduce_lr_on_plateau"},
+                "reduce_lr_on_plateau.*'cosine'",
+            ),
+            (
                 {"advantage_estimator": "turn", "multi_objective_aggregation": "normalize_then_sum"},
                 "sum_then_normalize",
             ),

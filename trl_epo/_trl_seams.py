@@ -30,7 +30,7 @@ from .generation import (
     unfit_for_cached_sampler,
 )
 from .scoring import equal_number_of_forwards, score_tokens
-from .sharding import check_rollouts, set_timeout, shards_with_zero3, whole_weights
+from .sharding import called_alone, check_rollouts, set_timeout, shards_with_zero3
 
 
 logger = logging.get_logger(__name__)
@@ -346,7 +346,7 @@ class SeamedGRPOTrainer(GRPOTrainer):
                     # Every process at once, also one that will have nothing to ask
                     self.vllm_generation.sync_weights()
                     self._last_loaded_step = self.state.global_step
-                with nullcontext() if self.use_vllm else whole_weights(self.model_wrapped):
+                with nullcontext() if self.use_vllm else called_alone(self.model_wrapped):
                     yield RequestTurnSampler(self._generate_request)
             finally:
                 self.model.train(was_training)
@@ -358,7 +358,7 @@ class SeamedGRPOTrainer(GRPOTrainer):
                 gather_deepspeed3_params=self.args.ds3_gather_for_generation,
                 gradient_checkpointing_kwargs=self.args.gradient_checkpointing_kwargs,
             ) as model,
-            whole_weights(self.model_wrapped),
+            called_alone(self.model_wrapped),
             self.accelerator.autocast(),  # around all forwards, so that it casts each weight once
             _kept_casts(model),
         ):

@@ -18,6 +18,7 @@ CONTEXTS = ("transcript", "window")
 OVERFLOWS = ("stop", "window")
 ESTIMATORS = ("grpo", "gae", "gigpo", "turn")
 GROUP_FILTERS = ("mask", "resample")
+METRIC_SCHEDULES = ("reduce_lr_on_plateau", "greedy")
 
 
 @dataclass
@@ -441,6 +442,11 @@ class EPOConfig(GRPOConfig):
             raise ValueError(
                 f"`filter_zero_variance_groups={self.filter_zero_variance_groups!r}` is for group-relative advantages; "
                 "with `advantage_estimator='gae'` leave it `None`."
+            )
+        if self.advantage_estimator == "gae" and self.lr_scheduler_type in METRIC_SCHEDULES:
+            raise ValueError(
+                f"`lr_scheduler_type={str(self.lr_scheduler_type)!r}` follows a metric, which the critic's schedule does not "
+                "get. With `advantage_estimator='gae'` use one that follows the steps, e.g. 'linear' or 'cosine'."
             )
         if self.advantage_estimator != "grpo" and self.multi_objective_aggregation != "sum_then_normalize":
             raise ValueError(

@@ -80,10 +80,10 @@ def check_critic(args: TrainingArguments, accelerator: Accelerator) -> None:
 
 
 @contextmanager
-def whole_weights(model: nn.Module) -> Iterator[None]:
+def called_alone(model: nn.Module) -> Iterator[None]:
     """
-    While this lasts each process has all weights of a model that FSDP 2 shards, and calls it without the others. To be
-    entered on all processes; any other model is left as it is.
+    While this lasts each process calls a sharded model without the others, as often as it likes. To be entered on all
+    processes; any other model is left as it is. FSDP 2: each has all weights. ZeRO-3: they must have been gathered.
     """
     modules = [module for module in model.modules() if isinstance(module, FSDPModule)]
     groups = [group for module in modules for group in module._get_fsdp_state()._fsdp_param_groups]
@@ -94,9 +94,16 @@ def whole_weights(model: nn.Module) -> Iterator[None]:
         group.post_forward_mesh_info = (
             None  # as `set_reshard_after_forward(False)`, which nothing tells the opposite of
         )
+    # TRL takes DeepSpeed's hooks off but for this one, which compares the processes as a forward begins.
+    zero3 = getattr(getattr(model, "optimizer", None), "parameter_offload", None)
+    if zero3 is not None:
+        compare = zero3.module._forward_pre_hooks[zero3.fwd_pre_hook.id]
+        zero3.fwd_pre_hook.remove()
     try:
         yield
     finally:
+        if zero3 is not None:
+            zero3.fwd_pre_hook = zero3.module.register_forward_pre_hook(compare)
         for group, info in zip(groups, after_forward, strict=True):
             group.post_forward_mesh_info = info
         for module in modules:

@@ -29,7 +29,7 @@ FSDP = {
     "version": 2,
     "auto_wrap_policy": "TRANSFORMER_BASED_WRAP",
     "cpu_ram_efficient_loading": False,
-    "state_dict_type": "SHARDED_STATE_DICT",
+    "state_dict_type": "FULL_STATE_DICT",
 }
 DEEPSPEED = {"gradient_accumulation_steps": "auto", "gradient_clipping": "auto"} | dict.fromkeys(
     ("train_batch_size", "train_micro_batch_size_per_gpu"), "auto"
@@ -79,6 +79,7 @@ def make_trainer(folder: str, case: dict) -> PlacedTrainer:
         "learning_rate": 0.5,
         "critic_learning_rate": 0.5,
         "optim": "sgd",
+        "optim_args": "momentum=0.5",
         "num_generations": 4,
         "max_turns": 6,
         "max_turn_length": 4,
