@@ -409,6 +409,20 @@ class TestCritic:
         assert not torch.equal(weights(trainer), before)
         assert not torch.equal(critic_weights(trainer), critic)
 
+    def test_a_gradient_scaler_serves_policy_and_critic(self, tmp_path, tokenizer):
+        """As in fp16, which needs a GPU otherwise: both step with gradients that were scaled back, once."""
+        losses = []
+        for scaled in (False, True):
+            trainer = make_trainer(
+                tmp_path, tokenizer, factory=Steps, advantage_estimator="gae", critic_learning_rate=1e-2
+            )
+            if scaled:
+                trainer.accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
+                trainer.accelerator.state._mixed_precision, trainer.accelerator.native_amp = "fp16", True
+            trainer.train()
+            losses.append([e["critic/value_loss"] for e in trainer.state.log_history if "critic/value_loss" in e])
+        assert losses[1] == pytest.approx(losses[0], rel=0.01) and losses[0][0] != losses[0][1]
+
     def test_an_architecture_without_one(self):
         class Unknown(BloomConfig):
             model_type = "unknown-kind"
@@ -446,8 +460,8 @@ class TestBadInput:
             ({"filter_zero_variance_groups": "drop"}, "'mask', 'resample'"),
             ({"filter_zero_variance_groups": "mask", "advantage_estimator": "gae"}, "group-relative"),
             (
-                {"advantage_estimator": "gae", "lr_scheduler_type": "reduce_lr_on_plateau"},
-                "reduce_lr_on_plateau.*'cosine'",
+                {"advantage_estimator": "gae", "lr_scheduler_type": "greedy", "eval_strategy": "epoch"},
+                "greedy.*'cosine'",
             ),
             (
                 {"advantage_estimator": "turn", "multi_objective_aggregation": "normalize_then_sum"},

@@ -445,7 +445,7 @@ class EPOConfig(GRPOConfig):
             )
         if self.advantage_estimator == "gae" and self.lr_scheduler_type in METRIC_SCHEDULES:
             raise ValueError(
-                f"`lr_scheduler_type={str(self.lr_scheduler_type)!r}` follows a metric, which the critic's schedule does not "
+                f"`lr_scheduler_type={self.lr_scheduler_type.value!r}` follows a metric, which the critic's schedule does not "
                 "get. With `advantage_estimator='gae'` use one that follows the steps, e.g. 'linear' or 'cosine'."
             )
         if self.advantage_estimator != "grpo" and self.multi_objective_aggregation != "sum_then_normalize":

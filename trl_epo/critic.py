@@ -247,7 +247,7 @@ def make_optimizer(critic: nn.Module, args: TrainingArguments) -> torch.optim.Op
         or not kwargs.keys().isdisjoint(OWN_WEIGHTS)
     ):
         raise ValueError(
-            f"`optim={str(args.optim)!r}` chooses its weights by itself and cannot be used for a critic "
+            f"`optim={args.optim.value!r}` chooses its weights by itself and cannot be used for a critic "
             "(`advantage_estimator='gae'`). Use an optimizer of single weights, e.g. 'adamw_torch'."
         )
     weights = [weight for weight in critic.parameters() if weight.requires_grad]

@@ -85,29 +85,44 @@ def called_alone(model: nn.Module) -> Iterator[None]:
     While this lasts each process calls a sharded model without the others, as often as it likes. To be entered on all
     processes; any other model is left as it is. FSDP 2: each has all weights. ZeRO-3: they must have been gathered.
     """
+    with _whole_weights(model), _without_comparison(model):
+        yield
+
+
+@contextmanager
+def _whole_weights(model: nn.Module) -> Iterator[None]:
+    """While this lasts each process has all weights that FSDP 2 shards, also after a forward."""
     modules = [module for module in model.modules() if isinstance(module, FSDPModule)]
     groups = [group for module in modules for group in module._get_fsdp_state()._fsdp_param_groups]
     after_forward = [group.post_forward_mesh_info for group in groups]
     for module in modules:
         module.unshard()
     for group in groups:
-        group.post_forward_mesh_info = (
-            None  # as `set_reshard_after_forward(False)`, which nothing tells the opposite of
-        )
-    # TRL takes DeepSpeed's hooks off but for this one, which compares the processes as a forward begins.
-    zero3 = getattr(getattr(model, "optimizer", None), "parameter_offload", None)
-    if zero3 is not None:
-        compare = zero3.module._forward_pre_hooks[zero3.fwd_pre_hook.id]
-        zero3.fwd_pre_hook.remove()
+        # What `set_reshard_after_forward(False)` sets, which cannot be undone: nothing tells what it was.
+        group.post_forward_mesh_info = None
     try:
         yield
     finally:
-        if zero3 is not None:
-            zero3.fwd_pre_hook = zero3.module.register_forward_pre_hook(compare)
         for group, info in zip(groups, after_forward, strict=True):
             group.post_forward_mesh_info = info
         for module in modules:
             module.reshard()
+
+
+@contextmanager
+def _without_comparison(model: nn.Module) -> Iterator[None]:
+    """While this lasts a forward with ZeRO-3 does not begin with a comparison of the processes. TRL leaves that hook on."""
+    optimizer = getattr(model, "optimizer", None)
+    zero3 = getattr(optimizer, "parameter_offload", optimizer)  # an engine that only evaluates has it as its optimizer
+    if not hasattr(zero3, "fwd_pre_hook"):
+        yield
+        return
+    compare = zero3.module._forward_pre_hooks[zero3.fwd_pre_hook.id]
+    zero3.fwd_pre_hook.remove()
+    try:
+        yield
+    finally:
+        zero3.fwd_pre_hook = zero3.module.register_forward_pre_hook(compare)
 
 
 def gathered_weights(*models: nn.Module):

@@ -144,7 +144,8 @@ def outcome(trainer: PlacedTrainer, folder: Path) -> None:
 
 def play(case: dict, folder: Path) -> None:
     trainer = make_trainer(str(folder), case)
-    trainer.train(resume_from_checkpoint=case.get("resume"))
+    if case.get("train", True):
+        trainer.train(resume_from_checkpoint=case.get("resume"))
     if case.get("evaluate"):
         trainer.evaluate()
     outcome(trainer, folder)

@@ -64,6 +64,7 @@ SHARDED_CASES = {
     },
     "a rank fails": {"settings": GAE, "from_folder": True, "broken": SECOND_HALF},
 }
+UNTRAINED = {"settings": {}, "train": False, "evaluate": True}
 ACCELERATE = [
     "--num_processes=2",
     "--num_machines=1",
@@ -129,7 +130,7 @@ def two(tmp_path_factory):
 @pytest.fixture(scope="module")
 def zero(tmp_path_factory):
     folder = tmp_path_factory.mktemp("zero")
-    cases = sharded("zero2", folder) | sharded("zero3", folder)
+    cases = sharded("zero2", folder) | sharded("zero3", folder) | {"untrained": UNTRAINED | {"kind": "zero3"}}
     done = launch(cases, folder, ACCELERATE_USE_DEEPSPEED="true", DS_ACCELERATOR="cpu")
     assert done.returncode == 0, done.stderr[-3000:]
     return folder
@@ -141,7 +142,7 @@ def assert_equal(found: tuple[dict, dict], expected: tuple[dict, dict], but: tup
     entries = {entry["step"]: entry for entry in expected[0]["logs"] if "loss" in entry}
     evaluations = [[e for e in logs if "eval_reward" in e] for logs in (found[0]["logs"], expected[0]["logs"])]
     pairs = [(entry, entries[entry["step"]]) for entry in found[0]["logs"] if "loss" in entry]
-    assert pairs and len(evaluations[0]) == len(evaluations[1])
+    assert (pairs or evaluations[0]) and len(evaluations[0]) == len(evaluations[1])
     for entry, other in pairs + list(zip(*evaluations, strict=True)):
         names = [name for name in sorted(entry.keys() | other.keys()) if not any(part in name for part in but)]
         differing = {
@@ -194,11 +195,19 @@ def test_fsdp2_equals_one_process(one, two, name):
     assert_sharded_equals_one(one, two, "fsdp2", "FSDP", name)
 
 
-@pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason="needs deepspeed")
+needs_deepspeed = pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason="needs deepspeed")
+
+
+@needs_deepspeed
 @pytest.mark.parametrize("name", SHARDED_CASES)
 @pytest.mark.parametrize("kind", ["zero2", "zero3"])
 def test_deepspeed_equals_one_process(one, zero, kind, name):
     assert_sharded_equals_one(one, zero, kind, "DEEPSPEED", name)
+
+
+@needs_deepspeed
+def test_zero3_evaluates_without_training(one, zero):
+    assert_equal(read(zero, "untrained"), one("untrained", UNTRAINED), but=("model_preparation_time",))
 
 
 def assert_sharded_equals_one(one, folder: Path, kind: str, distributed_type: str, name: str) -> None:
