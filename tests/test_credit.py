@@ -11,7 +11,7 @@ from datasets import Dataset
 from peft import LoraConfig
 from test_text_episodes import make_trainer as make_any_trainer
 from test_text_episodes import weights
-from transformers import AutoModelForTokenClassification, BloomConfig, BloomForCausalLM
+from transformers import AutoModelForTokenClassification, BloomConfig, BloomForCausalLM, TrainerCallback
 
 from trl_epo import EPOConfig
 from trl_epo.advantages import gae
@@ -293,6 +293,26 @@ class TestCritic:
         losses = [e["critic/value_loss"] for e in trainer.state.log_history if "critic/value" in e]
         assert min(explained[-3:]) > 0.5 > explained[0]
         assert max(losses[-3:]) < min(losses[:3])
+
+    def test_its_optimizer(self, tmp_path, tokenizer):
+        """The policy's schedule, no weight decay, gradients clipped without the policy's."""
+
+        class Rates(TrainerCallback):
+            seen = []
+
+            def on_step_end(self, args, state, control, lr_scheduler, **kwargs):
+                self.seen.append((lr_scheduler.get_last_lr()[0], *trainer._critic.schedule.get_last_lr()))
+
+        trainer = make_trainer(
+            tmp_path, tokenizer, factory=Steps, advantage_estimator="gae", max_steps=4, warmup_steps=1, weight_decay=0.1,
+            max_grad_norm=1e-3, **SGD, trainer_kwargs={"callbacks": [Rates()]},
+        )  # fmt: skip
+        before = critic_weights(trainer)
+        trainer.train()
+        assert Rates.seen == [(rate, pytest.approx(0.1 * rate)) for rate in (1.0, 2 / 3, 1 / 3, 0.0)]
+        assert [group["weight_decay"] for group in trainer._critic.optimizer.param_groups] == [0.0]
+        # Rates 0, 0.1, 0.1·2/3 and 0.1·1/3, gradients of norm 1e-3 at most; the value head alone moves at first
+        assert 1e-4 < (critic_weights(trainer) - before).norm() <= 2.01e-4
 
     def test_warm_up_leaves_the_policy_alone(self, tmp_path, tokenizer):
         trainer = make_trainer(

@@ -15,6 +15,7 @@ import pytest
 import torch
 from conftest import make_model
 from many_processes import BEGIN, NUM_EPISODES, play
+from transformers import AutoModelForCausalLM, AutoModelForTokenClassification
 
 import trl_epo
 
@@ -196,6 +197,18 @@ def test_fsdp2_equals_one_process(one, two, name):
 
 
 needs_deepspeed = pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason="needs deepspeed")
+
+
+def test_what_fsdp2_saves_is_whole(two):
+    _, weights = read(two, "fsdp2 windows")
+    checkpoint = two / "fsdp2 windows" / "checkpoint-3"
+    models = {
+        "policy": AutoModelForCausalLM.from_pretrained(checkpoint),
+        "critic": AutoModelForTokenClassification.from_pretrained(checkpoint / "critic" / "model"),
+    }
+    for kind, model in models.items():
+        for name, weight in model.state_dict().items():
+            torch.testing.assert_close(weight, weights[kind][name], rtol=0, atol=0)
 
 
 @needs_deepspeed
