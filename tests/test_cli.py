@@ -23,6 +23,7 @@ from trl_epo.metrics import EpisodeSummary
 
 ROOT = Path(__file__).parent.parent
 CONFIGS = ROOT / "examples" / "configs"
+ACCELERATE_CONFIGS = ROOT / "examples" / "accelerate_configs"
 SMALL = CONFIGS / "household-small.yaml"
 FEW_STEPS = (
     *("--max_steps", "2", "--eval_steps", "1", "--eval_size", "6", "--max_turn_length", "4", "--max_turns", "3"),
@@ -305,7 +306,7 @@ class TestConfigs:
     def test_the_papers_batch(self):
         for path in (*CONFIGS.glob("*-7b-*.yaml"), *CONFIGS.glob("*-3b-*.yaml")):
             _, args, _ = parse("train", ["--config", str(path)])
-            num_gpus = yaml.safe_load((CONFIGS / "8gpu.yaml").read_text())["num_processes"]
+            num_gpus = yaml.safe_load((ACCELERATE_CONFIGS / "zero2.yaml").read_text())["num_processes"]
             assert args.per_device_train_batch_size * args.gradient_accumulation_steps * num_gpus == 16 * 8
             assert args.num_generations == 8
 

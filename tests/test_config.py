@@ -17,6 +17,7 @@ def test_defaults_are_the_papers(tmp_path):
     assert (args.entropy_corridor_low, args.entropy_corridor_high) == (0.0, 2.0)
     assert (args.entropy_smoothing_schedule, args.entropy_smoothing_decay) == ("exponential", 3.0)
     assert args.entropy_aggregation == "turn"
+    assert args.ddp_timeout == 7200
     assert (args.max_turns, args.invalid_action_penalty) == (30, 0.0)
 
 
@@ -37,6 +38,7 @@ def test_every_new_field_is_documented():
 @pytest.mark.parametrize(
     ("kwargs", "message"),
     [
+        ({"ddp_timeout": 0}, "`ddp_timeout` is 0.*above 0"),
         ({"entropy_smoothing": "square"}, "'square'.*one of 'hinge', 'indicator', 'none'"),
         ({"entropy_smoothing_schedule": "linear"}, "'linear'.*'exponential', 'constant'"),
         ({"entropy_aggregation": "episode"}, "'episode'.*'turn', 'token'"),

@@ -11,7 +11,7 @@ from datasets import Dataset
 from peft import LoraConfig
 from test_text_episodes import make_trainer as make_any_trainer
 from test_text_episodes import weights
-from transformers import AutoModelForTokenClassification, BloomConfig, BloomForCausalLM
+from transformers import AutoModelForTokenClassification, BloomConfig, BloomForCausalLM, TrainerCallback
 
 from trl_epo import EPOConfig
 from trl_epo.advantages import gae
@@ -294,6 +294,26 @@ class TestCritic:
         assert min(explained[-3:]) > 0.5 > explained[0]
         assert max(losses[-3:]) < min(losses[:3])
 
+    def test_its_optimizer(self, tmp_path, tokenizer):
+        """The policy's schedule, no weight decay, gradients clipped without the policy's."""
+
+        class Rates(TrainerCallback):
+            seen = []
+
+            def on_step_end(self, args, state, control, lr_scheduler, **kwargs):
+                self.seen.append((lr_scheduler.get_last_lr()[0], *trainer._critic.schedule.get_last_lr()))
+
+        trainer = make_trainer(
+            tmp_path, tokenizer, factory=Steps, advantage_estimator="gae", max_steps=4, warmup_steps=1, weight_decay=0.1,
+            max_grad_norm=1e-3, **SGD, trainer_kwargs={"callbacks": [Rates()]},
+        )  # fmt: skip
+        before = critic_weights(trainer)
+        trainer.train()
+        assert Rates.seen == [(rate, pytest.approx(0.1 * rate)) for rate in (1.0, 2 / 3, 1 / 3, 0.0)]
+        assert [group["weight_decay"] for group in trainer._critic.optimizer.param_groups] == [0.0]
+        # Rates 0, 0.1, 0.1·2/3 and 0.1·1/3, gradients of norm 1e-3 at most; the value head alone moves at first
+        assert 1e-4 < (critic_weights(trainer) - before).norm() <= 2.01e-4
+
     def test_warm_up_leaves_the_policy_alone(self, tmp_path, tokenizer):
         trainer = make_trainer(
             tmp_path, tokenizer, factory=Steps, advantage_estimator="gae", critic_warmup_steps=2, max_steps=2,
@@ -363,9 +383,12 @@ class TestCritic:
         trainer.train()
         assert not torch.equal(critic_weights(trainer), before)
         optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=0.1)
-        schedule = torch.optim.lr_scheduler.ConstantLR(optimizer)
-        with pytest.raises(ValueError, match=r"Give `\(optimizer, None\)`"):
-            make_trainer(tmp_path, tokenizer, **kwargs, trainer_kwargs={"optimizers": (optimizer, schedule)})
+        both = (optimizer, torch.optim.lr_scheduler.ConstantLR(optimizer))
+        given = make_trainer(tmp_path, tokenizer, **kwargs, trainer_kwargs={"optimizers": both})
+        policy, critic = weights(given), critic_weights(given)
+        given.train()
+        assert torch.equal(weights(given), policy)  # the optimizer given is the policy's
+        assert not torch.equal(critic_weights(given), critic)
 
     def test_gradients_of_a_skipped_step_are_forgotten(self, tmp_path, tokenizer):
         trainer = make_trainer(tmp_path, tokenizer, factory=Steps, advantage_estimator="gae", max_steps=1)
@@ -406,6 +429,20 @@ class TestCritic:
         assert not torch.equal(weights(trainer), before)
         assert not torch.equal(critic_weights(trainer), critic)
 
+    def test_a_gradient_scaler_serves_policy_and_critic(self, tmp_path, tokenizer):
+        """As in fp16, which needs a GPU otherwise: both step with gradients that were scaled back, once."""
+        losses = []
+        for scaled in (False, True):
+            trainer = make_trainer(
+                tmp_path, tokenizer, factory=Steps, advantage_estimator="gae", critic_learning_rate=1e-2
+            )
+            if scaled:
+                trainer.accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
+                trainer.accelerator.state._mixed_precision, trainer.accelerator.native_amp = "fp16", True
+            trainer.train()
+            losses.append([e["critic/value_loss"] for e in trainer.state.log_history if "critic/value_loss" in e])
+        assert losses[1] == pytest.approx(losses[0], rel=0.01) and losses[0][0] != losses[0][1]
+
     def test_an_architecture_without_one(self):
         class Unknown(BloomConfig):
             model_type = "unknown-kind"
@@ -442,6 +479,10 @@ class TestBadInput:
             ({"critic_warmup_steps": -1}, "`critic_warmup_steps` is -1"),
             ({"filter_zero_variance_groups": "drop"}, "'mask', 'resample'"),
             ({"filter_zero_variance_groups": "mask", "advantage_estimator": "gae"}, "group-relative"),
+            (
+                {"advantage_estimator": "gae", "lr_scheduler_type": "greedy", "eval_strategy": "epoch"},
+                "greedy.*'cosine'",
+            ),
             (
                 {"advantage_estimator": "turn", "multi_objective_aggregation": "normalize_then_sum"},
                 "sum_then_normalize",

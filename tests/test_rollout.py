@@ -263,8 +263,8 @@ class TestFaults:
         assert closed.wait(timeout=10)
         assert (good.failed, other.failed) == (False, False)
         assert len(good.turns) == len(other.turns) == 4
-        assert episode_row(bad, placeholder_id=7).completion_ids == [7]
-        assert episode_row(bad, placeholder_id=7).action_mask == [0]
+        assert episode_row(bad, placeholder_id=7).completion_ids == [7, 7]
+        assert episode_row(bad, placeholder_id=7).action_mask == [0, 0]
 
     def test_action_parser_that_raises(self, play):
         (episode,) = play(Corridor, parser=lambda text: text.split("never")[1])

@@ -125,7 +125,7 @@ class FaultTolerantGRPOTrainer(GRPOTrainer):
         """Called with the file of the model card that was just written, on the process that writes."""
 
     def save_extras(self, checkpoint: str) -> None:
-        """Called with the folder of a checkpoint that was just written, on the process that writes."""
+        """Called with the folder of a checkpoint that was just written, on every process."""
 
     def load_extras(self, checkpoint: str) -> None:
         """Called with the folder of the checkpoint that training resumes from, on every process."""
@@ -269,8 +269,7 @@ class FaultTolerantGRPOTrainer(GRPOTrainer):
                 super()._save_checkpoint(model, trial)
             with self._noting_errors():
                 self._save_run_state(folder)
-                if self.args.should_save:
-                    self.save_extras(str(folder))
+                self.save_extras(str(folder))
             failed = self._any_process(self._save_error is not None)  # from here on all have written
             if not failed:
                 with self._noting_errors():

@@ -7,7 +7,7 @@ Every private name of TRL that this package relies on, and nothing else; those o
 """
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -30,6 +30,7 @@ from .generation import (
     unfit_for_cached_sampler,
 )
 from .scoring import equal_number_of_forwards, score_tokens
+from .sharding import called_alone, check_rollouts, set_timeout, shards_with_zero3
 from .text import printable_parts
 
 
@@ -84,7 +85,6 @@ ATTRIBUTES = (
     "_step",
     "_last_loaded_step",
     "_tokenizer",
-    "_dist",
     "eos_token_ids",
     "rollout_func",
     "reward_funcs",
@@ -173,6 +173,8 @@ class SeamedGRPOTrainer(FaultTolerantGRPOTrainer):
         self._loss_mask: Tensor | None = None
         self.loss_context_ids: Tensor | None = None  # the context of each of them, (B, T); None: all are in one
         super().__init__(*args, **kwargs)
+        if self.args.use_cpu and self.accelerator.num_processes > 1:
+            set_timeout(self.args.ddp_timeout_delta)  # which transformers passes on for other devices only
 
     # What a subclass may override
 
@@ -211,6 +213,9 @@ class SeamedGRPOTrainer(FaultTolerantGRPOTrainer):
 
     def use_played_episodes(self) -> None:
         """Take completions from [`set_played_batch`] from now on, instead of generating them."""
+        if not self.use_vllm:
+            slow = self.use_transformers_continuous_batching or unfit_for_cached_sampler(self._causal_lm(self.model))
+            check_rollouts(self.accelerator, calls_whole_model=bool(slow))
         self._plays_episodes = True
         self.rollout_func = lambda prompts, trainer: dict(self._played_batch["fields"])
 
@@ -290,9 +295,10 @@ class SeamedGRPOTrainer(FaultTolerantGRPOTrainer):
         for name, value in metrics.items():
             self._metrics[self.mode][name].append(value)
 
-    def clear_eval_metrics(self) -> None:
-        """Forget the metrics of an evaluation that were not logged."""
-        self._metrics["eval"].clear()
+    def clear_eval_metrics(self, prefix: str = "") -> None:
+        """Forget the metrics of an evaluation that were not logged and whose names begin like this."""
+        for name in [name for name in self._metrics["eval"] if name.startswith(prefix)]:
+            del self._metrics["eval"][name]
 
     def label_eval_metrics(self, dataset_name: str) -> None:
         """Name the metrics of an evaluation after its dataset, as Trainer does: TRL gives those of all one name."""
@@ -342,7 +348,8 @@ class SeamedGRPOTrainer(FaultTolerantGRPOTrainer):
                     # Every process at once, also one that will have nothing to ask
                     self.vllm_generation.sync_weights()
                     self._last_loaded_step = self.state.global_step
-                yield RequestTurnSampler(self._generate_request)
+                with nullcontext() if self.use_vllm else called_alone(self.model_wrapped):
+                    yield RequestTurnSampler(self._generate_request)
             finally:
                 self.model.train(was_training)
             return
@@ -353,7 +360,7 @@ class SeamedGRPOTrainer(FaultTolerantGRPOTrainer):
                 gather_deepspeed3_params=self.args.ds3_gather_for_generation,
                 gradient_checkpointing_kwargs=self.args.gradient_checkpointing_kwargs,
             ) as model,
-            self._dist.summon_full_params(self.model_wrapped, recurse=False),
+            called_alone(self.model_wrapped),
             self.accelerator.autocast(),  # around all forwards, so that it casts each weight once
             _kept_casts(model),
         ):
@@ -418,6 +425,8 @@ class SeamedGRPOTrainer(FaultTolerantGRPOTrainer):
                 **multimodal,
             )
         else:
+            # TRL's head does not know a weight of ZeRO-3 again when its forward is computed again
+            recomputes = self.loss_context_ids is not None and not shards_with_zero3(self.accelerator)
             with self.accelerator.autocast(), _head_tiles(input_ids.device):
                 scores = score_tokens(
                     model,
@@ -428,7 +437,7 @@ class SeamedGRPOTrainer(FaultTolerantGRPOTrainer):
                     context_ids=self.loss_context_ids,
                     max_rows=batch_size if self.loss_context_ids is None else self._rows_per_forward,
                     aux_loss=compute_aux_loss,
-                    recompute=self.unwrapped_replica(model) if self.loss_context_ids is not None else None,
+                    recompute=self.unwrapped_replica(model) if recomputes else None,
                     equal_number=equal_number_of_forwards(self.accelerator, model),
                 )
             outputs = (scores.logprobs, scores.entropies if compute_entropy else None, scores.aux_loss)

@@ -20,6 +20,7 @@ CONTEXTS = ("transcript", "window")
 OVERFLOWS = ("stop", "window")
 ESTIMATORS = ("grpo", "gae", "gigpo", "turn")
 GROUP_FILTERS = ("mask", "resample")
+METRIC_SCHEDULES = ("reduce_lr_on_plateau", "greedy")
 
 
 @dataclass
@@ -95,6 +96,10 @@ class EPOConfig(GRPOConfig):
             How long generation waits for an environment to answer before it goes on with the other episodes, in
             seconds. What is sampled together, and so every result, is the same from run to run as long as all answers
             come in that time (`episode/late_answers` counts the others); `float("inf")` waits for each.
+        ddp_timeout (`int`, *optional*, defaults to `7200`):
+            How long a process waits for the others, in seconds, before it takes them for lost and the run ends. With text
+            episodes a process that has played its own waits for the slowest environment of all: an episode may take
+            `max_turns` times as long as the slowest answer. TRL's 1800 seconds would be a minute for each of 30 turns.
         env_timeout (`float`, *optional*, defaults to `300.0`):
             How long an environment may take for one answer, to `reset` or `step`, in seconds; `float("inf")` for any time.
             One that takes longer has failed.
@@ -262,6 +267,12 @@ class EPOConfig(GRPOConfig):
         metadata={
             "help": "How long generation waits for an environment before it goes on with other episodes, in seconds. "
             "Results are the same from run to run as long as all answers come in that time."
+        },
+    )
+    ddp_timeout: int = field(
+        default=7200,
+        metadata={
+            "help": "How long a process waits for the others, in seconds: longer than the slowest episode takes."
         },
     )
     env_timeout: float = field(
@@ -468,6 +479,8 @@ class EPOConfig(GRPOConfig):
             raise ValueError(
                 f"`max_failed_fraction` is {self.max_failed_fraction}, but must be from 0.0 (no episode may fail) to 1.0."
             )
+        if not self.ddp_timeout > 0:
+            raise ValueError(f"`ddp_timeout` is {self.ddp_timeout}, but must be above 0 seconds.")
         if self.max_completion_length is not None and self.max_completion_length < 1:
             raise ValueError(
                 f"`max_completion_length` is {self.max_completion_length}, but must be at least 1 token, or `None` "
@@ -504,6 +517,11 @@ class EPOConfig(GRPOConfig):
             raise ValueError(
                 f"`filter_zero_variance_groups={self.filter_zero_variance_groups!r}` is for group-relative advantages; "
                 "with `advantage_estimator='gae'` leave it `None`."
+            )
+        if self.advantage_estimator == "gae" and self.lr_scheduler_type in METRIC_SCHEDULES:
+            raise ValueError(
+                f"`lr_scheduler_type={self.lr_scheduler_type.value!r}` follows a metric, which the critic's schedule does not "
+                "get. With `advantage_estimator='gae'` use one that follows the steps, e.g. 'linear' or 'cosine'."
             )
         if self.advantage_estimator != "grpo" and self.multi_objective_aggregation != "sum_then_normalize":
             raise ValueError(

@@ -2,25 +2,38 @@
 
 import copy
 import logging
+import math
 import os
 from typing import Any
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType, is_peft_model
-from peft import PeftModel, TaskType, get_peft_model, load_peft_weights, set_peft_model_state_dict
+from peft import PeftModel, TaskType, get_peft_model
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from torch.nn.parallel import DistributedDataParallel
-from transformers import AutoModelForTokenClassification, PreTrainedModel, TrainerCallback
+from transformers import (
+    AutoModelForTokenClassification,
+    PreTrainedModel,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+    get_scheduler,
+)
 from trl.trainer.utils import disable_dropout_in_model
 
 from .batching import action_mask
-from .scoring import REPLICATED, Run, equal_number_of_forwards, in_forwards, keep_only, lay_out_contexts
+from .critic_checkpoint import load_adapter, load_engine, load_model, load_training, save_model, save_training
+from .scoring import Run, equal_number_of_forwards, in_forwards, keep_only, lay_out_contexts
+from .sharding import check_critic, gathered_weights
 
 
 logger = logging.getLogger(__name__)
 
 ADAPTER_FILE = "adapter_config.json"
+OWN_WEIGHTS = ("params", "model", "optimizer_dict")  # arguments of optimizers that choose their weights by themselves
+MODEL_FOLDER = "model"  # below the critic's folder of a checkpoint
 
 
 def make_critic(policy: PreTrainedModel | PeftModel, critic_model: str | None) -> PreTrainedModel | PeftModel:
@@ -49,7 +62,7 @@ def make_critic(policy: PreTrainedModel | PeftModel, critic_model: str | None) -
             config = copy.deepcopy(language_model.config)
             config.num_labels = 1
             critic = AutoModelForTokenClassification.from_config(config, dtype=language_model.dtype)
-            with torch.no_grad():
+            with torch.no_grad(), gathered_weights(value_head(critic)):
                 for weight in value_head(critic).parameters():
                     weight.zero_()
         else:
@@ -66,7 +79,8 @@ def make_critic(policy: PreTrainedModel | PeftModel, critic_model: str | None) -
         peft_config.task_type, peft_config.inference_mode = TaskType.TOKEN_CLS, False
         critic = get_peft_model(critic, peft_config, adapter_name=policy.active_adapter)
     if copies_policy:
-        missing = critic.load_state_dict(policy.state_dict(), strict=False).missing_keys
+        with gathered_weights(policy, critic):
+            missing = critic.load_state_dict(policy.state_dict(), strict=False).missing_keys
         if not_copied := [name for name in missing if not {"score", "classifier"} & set(name.split("."))]:
             raise ValueError(
                 f"The policy has no weights named {not_copied[:3]} for its critic (is it quantized?). Set "
@@ -78,12 +92,6 @@ def make_critic(policy: PreTrainedModel | PeftModel, critic_model: str | None) -
     return critic
 
 
-def load_adapter(critic: PeftModel, folder: str) -> None:
-    """Take the adapter's weights, and the value head's, from a folder."""
-    weights = load_peft_weights(folder, device="cpu")
-    set_peft_model_state_dict(critic, weights, adapter_name=critic.active_adapter)
-
-
 def value_head(critic: nn.Module) -> nn.Linear:
     """The last linear layer, which makes the one number."""
     heads = [module for module in critic.modules() if isinstance(module, nn.Linear) and module.out_features == 1]
@@ -92,41 +100,51 @@ def value_head(critic: nn.Module) -> nn.Linear:
 
 class Critic:
     """
-    Values states, and learns to, in the policy's optimizer with a learning rate of its own.
+    Values states, and learns to, with an optimizer of its own beside the policy's: of the same kind and with the same
+    schedule, but with `critic_learning_rate` and without weight decay.
+
+    Its part of an optimizer step: [`forget_gradients`], [`values`] and [`backward`] for each micro-batch, [`step`].
 
     Args:
         model ([`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]): Of [`make_critic`].
+        args ([`EPOConfig`]): The settings.
         accelerator ([`~accelerate.Accelerator`]): The trainer's.
-        max_rows (`int`): Contexts of the longest length in one forward, at most.
-        gradient_checkpointing (`bool`): Whether a forward's activations are computed again in the backward pass.
-        gradient_checkpointing_kwargs (`dict`, *optional*): How.
 
     Raises:
-        ValueError: With sharded weights (FSDP, DeepSpeed): their checkpoints know one model for an optimizer.
+        ValueError: With settings of sharded weights, or an `optim`, that a second model cannot be trained with.
     """
 
-    def __init__(
-        self,
-        model: PreTrainedModel | PeftModel,
-        accelerator: Accelerator,
-        max_rows: int,
-        gradient_checkpointing: bool = False,
-        gradient_checkpointing_kwargs: dict | None = None,
-    ):
-        if accelerator.distributed_type not in (DistributedType.NO, *REPLICATED):
-            raise ValueError(
-                "`advantage_estimator='gae'` cannot be used with sharded weights "
-                f"({accelerator.distributed_type.value}): the critic is a second model in the policy's optimizer. Use "
-                "DDP, with LoRA for models that do not fit otherwise."
-            )
-        if gradient_checkpointing:
-            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs)
+    def __init__(self, model: PreTrainedModel | PeftModel, args: TrainingArguments, accelerator: Accelerator):
+        check_critic(args, accelerator)
+        if args.gradient_checkpointing:
+            model.gradient_checkpointing_enable(args.gradient_checkpointing_kwargs)
             if is_peft_model(model):
                 model.enable_input_require_grads()
+        self.args = args
         self.accelerator = accelerator
-        self.max_rows = max_rows
         self.trains_alone = False  # in the warm-up
-        self.model = accelerator.prepare_model(model.train())
+        self.model = model.train()
+        self.optimizer = None
+        self.schedule = None
+
+    @property
+    def _is_engine(self) -> bool:
+        """Whether the model is, once prepared, an engine of DeepSpeed."""
+        return self.accelerator.distributed_type == DistributedType.DEEPSPEED
+
+    def prepare(self, num_steps: int) -> None:
+        """Make ready to train for this many optimizer steps; each process has its part of the weights afterwards."""
+        if self.optimizer is None:
+            optimizer = make_optimizer(self.model, self.args)
+            self.model, optimizer = self.accelerator.prepare(self.model, optimizer)
+            self.optimizer = optimizer if self._is_engine else optimizer.optimizer  # without accelerate's wrapper
+        self.schedule = get_scheduler(
+            self.args.lr_scheduler_type,
+            optimizer=self.optimizer,
+            num_warmup_steps=self.args.get_warmup_steps(num_steps),
+            num_training_steps=num_steps,
+            scheduler_specific_kwargs=self.args.lr_scheduler_kwargs,
+        )
 
     def values(self, batch: dict[str, Any]) -> Tensor:
         """The value of the state before each action token, (B, T), in units of reward; 0 at other tokens."""
@@ -152,58 +170,103 @@ class Critic:
             return in_forwards(
                 values_of(self.model),
                 contexts,
-                max_rows=self.max_rows,
+                max_rows=self.args.per_device_train_batch_size,
                 recompute=values_of(plain),
                 equal_number=equal_number_of_forwards(self.accelerator, self.model),
             )[0]
 
-    def join(self, optimizer: torch.optim.Optimizer, learning_rate: float, max_grad_norm: float) -> None:
-        """
-        Have the critic's weights trained by the policy's optimizer, without weight decay, their gradients clipped on
-        their own. While it [`trains_alone`] the optimizer leaves all other weights as they are. Once for an optimizer.
-        """
-        weights = [weight for weight in self.model.parameters() if weight.requires_grad]
-        others = [weight for group in optimizer.param_groups for weight in group["params"]]
-        if weights[0] in set(others):
+    def backward(self, loss: Tensor) -> None:
+        """Add the gradients of a micro-batch's loss to those of the optimizer step."""
+        ends_step = self.accelerator.sync_gradients
+        if self._is_engine:
+            # Not the accelerator's, which knows the policy's engine
+            self.model.set_gradient_accumulation_boundary(is_boundary=ends_step)
+            self.model.backward(loss, scale_wrt_gas=False)
             return
-        optimizer.add_param_group({"params": weights, "lr": learning_rate, "weight_decay": 0.0})
+        if isinstance(self.model, FSDPModule):
+            self.model.set_requires_gradient_sync(ends_step)
+        self.accelerator.backward(loss)
 
-        def prepare_step(*args):
-            if max_grad_norm:
-                nn.utils.clip_grad_norm_(weights, max_grad_norm)
-            if self.trains_alone:
-                for weight in others:
-                    weight.grad = None
+    def clip_gradients(self) -> Tensor:
+        """Scale the gradients down to `max_grad_norm`, and return what their norm was. DeepSpeed does so in its step."""
+        weights = [weight for weight in self.model.parameters() if weight.requires_grad]
+        return nn.utils.clip_grad_norm_(weights, self.args.max_grad_norm or math.inf)
 
-        optimizer.register_step_pre_hook(prepare_step)
+    def step(self) -> None:
+        """An optimizer step with the gradients at hand; without any it changes no weight."""
+        if self._is_engine:
+            self.model.step()
+        else:
+            self.clip_gradients()
+            if self.accelerator.scaler is None:
+                self.optimizer.step()
+            else:  # its `update`, once for all optimizers, comes with the policy's step
+                self.accelerator.scaler.step(self.optimizer)
+        self.schedule.step()
+
+    def forget_gradients(self) -> None:
+        self.model.zero_grad()
 
     def save(self, folder: str) -> None:
-        """Write it as a model, or an adapter, that `critic_model` can name."""
-        model = self.accelerator.unwrap_model(self.model)
-        model.save_pretrained(folder)
+        """
+        Write it as a model, or an adapter, that `critic_model` can name, into `folder/model`, and what a resumed
+        training needs into `folder`. To be called on all processes.
+        """
+        writes = self.args.should_save
+        save_model(self.accelerator, self.model, os.path.join(folder, MODEL_FOLDER), writes)
+        if not self.args.save_only_model:
+            save_training(self.accelerator, self.model, self.optimizer, self.schedule, folder, writes)
 
     def load(self, folder: str) -> None:
+        """Go on from what [`save`] wrote; without any, say so and go on. To be called on all processes."""
+        self.load_weights(folder)
+        load_training(self.accelerator, self.model, self.optimizer, self.schedule, folder)
+
+    def load_weights(self, folder: str) -> None:
         """Take the weights that [`save`] wrote; if there are none, say so and go on."""
-        model = self.accelerator.unwrap_model(self.model)
-        if not os.path.isdir(folder):
-            logger.warning("There is no critic in %s: it goes on as it is.", folder)
-        elif is_peft_model(model):
-            load_adapter(model, os.path.join(folder, _adapter_subfolder(model)))
+        model_folder = os.path.join(folder, MODEL_FOLDER)
+        if not os.path.isdir(model_folder):
+            logger.warning("There is no critic in %s: it goes on as it is.", model_folder)
+        elif self._is_engine:
+            load_engine(self.model, folder, weights_only=True)
         else:
-            saved = AutoModelForTokenClassification.from_pretrained(folder, dtype=model.dtype)
-            model.load_state_dict(saved.state_dict())
+            load_model(self.accelerator, self.model, model_folder)
 
 
-def _adapter_subfolder(model: PeftModel) -> str:
-    """Where PEFT saves an adapter, below the folder it is given."""
-    return "" if model.active_adapter == "default" else model.active_adapter
+def make_optimizer(critic: nn.Module, args: TrainingArguments) -> torch.optim.Optimizer:
+    """
+    An optimizer of the policy's kind for the critic's weights.
+
+    Raises:
+        ValueError: If it is of a kind that cannot be made for given weights.
+    """
+    kind, kwargs = Trainer.get_optimizer_cls_and_kwargs(args, critic)
+    if (
+        not isinstance(kind, type)
+        or not issubclass(kind, torch.optim.Optimizer)
+        or not kwargs.keys().isdisjoint(OWN_WEIGHTS)
+    ):
+        raise ValueError(
+            f"`optim={args.optim.value!r}` chooses its weights by itself and cannot be used for a critic "
+            "(`advantage_estimator='gae'`). Use an optimizer of single weights, e.g. 'adamw_torch'."
+        )
+    weights = [weight for weight in critic.parameters() if weight.requires_grad]
+    kwargs |= {"lr": args.critic_learning_rate}
+    return kind([{"params": weights, "weight_decay": 0.0}], **kwargs)
 
 
-class ForgetGradients(TrainerCallback):
-    """Clears the critic's gradients where the trainer clears the policy's, also after a step that was skipped."""
+class TrainCritic(TrainerCallback):
+    """Lets the critic step just before the policy does, which has no gradients while the critic trains alone."""
 
     def __init__(self, critic: Critic):
         self.critic = critic
 
     def on_step_begin(self, args, state, control, **kwargs):
-        self.critic.model.zero_grad()
+        self.critic.forget_gradients()  # there are some after a step that was skipped
+
+    def on_pre_optimizer_step(self, args, state, control, optimizer, **kwargs):
+        self.critic.step()
+        if self.critic.trains_alone:
+            for group in optimizer.param_groups:
+                for weight in group["params"]:
+                    weight.grad = None

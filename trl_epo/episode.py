@@ -148,11 +148,11 @@ def episode_row(episode: Episode, placeholder_id: int) -> Row:
     """
     Lay an episode's sampled tokens out as a training row, one context after the other; nothing is tokenised again.
 
-    A failed episode gives a single masked `placeholder_id` token, so that it keeps its place in the batch without
-    being trained on.
+    A failed episode gives two masked `placeholder_id` tokens, so that it keeps its place in the batch without being
+    trained on. (Where all rows have one token, TRL's metrics count rows instead of tokens, masked ones too.)
     """
     if episode.failed or not episode.turns:
-        return Row([placeholder_id], [0], [-1], [0], [0.0])
+        return Row([placeholder_id] * 2, [0] * 2, [-1] * 2, [0] * 2, [0.0] * 2)
     completion_ids, action_mask, turn_ids, context_ids, logprobs = [], [], [], [], []
     context = 0
     for index, turn in enumerate(episode.turns):

@@ -27,7 +27,7 @@ from .chat import ChatEncoder
 from .config import EPOConfig
 from .contexts import ContextRules, PromptBuilder, build_prompt, describe_turn
 from .credit import CreditAssigner
-from .critic import Critic, ForgetGradients, make_critic
+from .critic import Critic, TrainCritic, make_critic
 from .entropy_term import EntropyTerm, Moment
 from .environment_pool import make_environment_pool
 from .episode import Episode, StopReason, episode_row
@@ -47,8 +47,9 @@ logger = logging.getLogger(__name__)
 
 HISTORY_FILE = "entropy_history.json"
 FAILURES_FILE = os.path.join("episodes", "failures.jsonl")
-# Not directly below the checkpoint, where transformers takes every folder with an adapter for one of the policy's
-CRITIC_FOLDER = os.path.join("critic", "model")
+# The model in there is not directly below the checkpoint, where transformers takes every folder with an adapter for one
+# of the policy's.
+CRITIC_FOLDER = "critic"
 MAX_RESAMPLES = 3  # of a group whose returns are all equal
 DEFAULT_COMPLETION_LENGTH = 512  # TRL's default, in tokens
 # In the place of a row that accelerate repeats, to fill up the last batch of an evaluation.
@@ -169,11 +170,6 @@ class EPOTrainer(SeamedGRPOTrainer):
                     f"`generation_kwargs` sets {sorted(clash)}, which a text episode sets for each of its turns. Leave "
                     "them out; `max_turn_length` limits a turn."
                 )
-            if args.advantage_estimator == "gae" and optimizers[1] is not None:
-                raise ValueError(
-                    "`optimizers` brings a scheduler, but with `advantage_estimator='gae'` it must be made after the critic "
-                    "has joined the optimizer. Give `(optimizer, None)`, and set `lr_scheduler_type`."
-                )
             if args.loss_type == "dr_grpo" and args.max_completion_length is None:
                 raise ValueError(
                     "`loss_type='dr_grpo'` divides by `max_completion_length`, which is not set: give the longest "
@@ -281,14 +277,9 @@ class EPOTrainer(SeamedGRPOTrainer):
         )
         self._context_rules.check_builder(*first_row)
         if self.args.advantage_estimator == "gae":
-            self._critic = Critic(
-                make_critic(self.accelerator.unwrap_model(self.model), self.args.critic_model),
-                self.accelerator,
-                self.args.per_device_train_batch_size,
-                self.args.gradient_checkpointing,
-                self.args.gradient_checkpointing_kwargs,
-            )
-            self.add_callback(ForgetGradients(self._critic))
+            model = make_critic(self.accelerator.unwrap_model(self.model), self.args.critic_model)
+            self._critic = Critic(model, self.args, self.accelerator)
+            self.add_callback(TrainCritic(self._critic))
         self._credit = CreditAssigner(self.args, self.accelerator, self._critic)
 
     def prepare_rows(self, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -437,11 +428,10 @@ class EPOTrainer(SeamedGRPOTrainer):
         metrics |= self._credit.assign(batch, self._episodes, self.episode_rewards)
         self.add_metrics(metrics)
 
-    def create_optimizer(self, model=None):
-        optimizer = super().create_optimizer(model)
+    def create_scheduler(self, num_training_steps, optimizer=None):
         if self._critic is not None:
-            self._critic.join(optimizer, self.args.critic_learning_rate, self.args.max_grad_norm)
-        return optimizer
+            self._critic.prepare(num_training_steps)
+        return super().create_scheduler(num_training_steps, optimizer)
 
     # Objective: Algorithm 1, "L_MT, L_H, H̄_W, L_smooth, β_k"
 
@@ -472,7 +462,8 @@ class EPOTrainer(SeamedGRPOTrainer):
                 loss = 0.0 * loss
             value_loss, metrics = self._credit.critic_loss(inputs, self.current_gradient_accumulation_steps)
             self.add_metrics(metrics)
-            loss = loss + value_loss
+            self._critic.backward(value_loss)
+            loss = loss + value_loss.detach()
         return loss
 
     def shape_advantages(self, advantages: Tensor, entropies: Tensor) -> Tensor:
@@ -489,6 +480,8 @@ class EPOTrainer(SeamedGRPOTrainer):
                 self.set_metric(name, value)
         self._summaries[self.mode].clear()
         if self.mode == "eval":
+            if self._environments is not None:
+                self.clear_eval_metrics("completions/")  # TRL counts the rows that fill up the last batch too
             self.label_eval_metrics(self._eval_prefix.removeprefix("eval").lstrip("_"))
         super().log(logs, start_time)
 
@@ -507,17 +500,19 @@ class EPOTrainer(SeamedGRPOTrainer):
             self._failures.counts["train"] = Counter(figures["failures"])
 
     def save_extras(self, checkpoint: str) -> None:
-        with open(os.path.join(checkpoint, HISTORY_FILE), "w") as file:
-            json.dump(self.entropy_history.state_dict(), file)
+        if self.args.should_save:
+            with open(os.path.join(checkpoint, HISTORY_FILE), "w") as file:
+                json.dump(self.entropy_history.state_dict(), file)
         if self._critic is not None:
             self._critic.save(os.path.join(checkpoint, CRITIC_FOLDER))
 
     def load_best_extras(self, checkpoint: str) -> None:
         if self._critic is not None:
-            self._critic.load(os.path.join(checkpoint, CRITIC_FOLDER))
+            self._critic.load_weights(os.path.join(checkpoint, CRITIC_FOLDER))
 
     def load_extras(self, checkpoint: str) -> None:
-        self.load_best_extras(checkpoint)
+        if self._critic is not None:
+            self._critic.load(os.path.join(checkpoint, CRITIC_FOLDER))
         path = os.path.join(checkpoint, HISTORY_FILE)
         if not os.path.exists(path):
             logger.warning(
