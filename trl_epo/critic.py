@@ -87,7 +87,8 @@ def make_critic(policy: PreTrainedModel | PeftModel, critic_model: str | None) -
                 "`critic_model`."
             )
     if adapter is not None:
-        load_adapter(critic, adapter)
+        with gathered_weights(critic):
+            load_adapter(critic, adapter)
     disable_dropout_in_model(critic)
     return critic
 
