@@ -229,7 +229,7 @@ class Critic:
         if not os.path.isdir(model_folder):
             logger.warning("There is no critic in %s: it goes on as it is.", model_folder)
         elif self._is_engine:
-            load_engine(self.model, folder, weights_only=True)
+            load_engine(self.model, folder)
         else:
             load_model(self.accelerator, self.model, model_folder)
 

@@ -22,6 +22,13 @@ import trl_epo
 
 GAE = {"advantage_estimator": "gae", "context": "window", "gamma": 0.9, "gae_lambda": 0.8}
 SAVED = {"save_strategy": "steps", "save_steps": 1}
+BEST = {
+    "load_best_model_at_end": True,
+    "metric_for_best_model": "eval_reward",
+    "greater_is_better": False,
+    "eval_strategy": "steps",
+    "eval_steps": 1,
+}
 FIRST_HALF, SECOND_HALF = list(range(NUM_EPISODES // 2)), list(range(NUM_EPISODES // 2, NUM_EPISODES))
 
 CASES = {
@@ -63,6 +70,7 @@ SHARDED_CASES = {
         "lora": True,
         "resume": "lora",
     },
+    "best": {"settings": GAE | SAVED | BEST},
     "a rank fails": {"settings": GAE | {"critic_warmup_steps": 1}, "from_folder": True, "broken": SECOND_HALF},
 }
 BF16 = {"settings": {"bf16": True}}
