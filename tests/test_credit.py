@@ -174,7 +174,13 @@ class Breaks(Corridor):
 def test_failed_episodes_are_no_baseline(tmp_path, tokenizer, estimator):
     Breaks.num_broken.clear()
     trainer = make_trainer(
-        tmp_path, tokenizer, factory=Breaks, advantage_estimator=estimator, max_steps=1, scale_rewards="none"
+        tmp_path,
+        tokenizer,
+        factory=Breaks,
+        advantage_estimator=estimator,
+        max_steps=1,
+        scale_rewards="none",
+        env_max_retries=0,
     )
     batches = recorded(trainer)
     trainer.train()

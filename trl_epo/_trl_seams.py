@@ -30,7 +30,7 @@ from .generation import (
     unfit_for_cached_sampler,
 )
 from .scoring import equal_number_of_forwards, score_tokens
-from .sharding import called_alone, check_rollouts, set_timeout, shards_with_zero3
+from .sharding import called_alone, check_rollouts, keep_output_precision, set_timeout, shards_with_zero3
 from .text import printable_parts
 
 
@@ -175,6 +175,10 @@ class SeamedGRPOTrainer(FaultTolerantGRPOTrainer):
         super().__init__(*args, **kwargs)
         if self.args.use_cpu and self.accelerator.num_processes > 1:
             set_timeout(self.args.ddp_timeout_delta)  # which transformers passes on for other devices only
+
+    def create_accelerator_and_postprocess(self):
+        super().create_accelerator_and_postprocess()
+        keep_output_precision(self.accelerator)
 
     # What a subclass may override
 

@@ -87,7 +87,8 @@ def make_critic(policy: PreTrainedModel | PeftModel, critic_model: str | None) -
                 "`critic_model`."
             )
     if adapter is not None:
-        load_adapter(critic, adapter)
+        with gathered_weights(critic):
+            load_adapter(critic, adapter)
     disable_dropout_in_model(critic)
     return critic
 
@@ -228,7 +229,7 @@ class Critic:
         if not os.path.isdir(model_folder):
             logger.warning("There is no critic in %s: it goes on as it is.", model_folder)
         elif self._is_engine:
-            load_engine(self.model, folder, weights_only=True)
+            load_engine(self.model, folder)
         else:
             load_model(self.accelerator, self.model, model_folder)
 

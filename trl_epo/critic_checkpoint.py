@@ -78,23 +78,17 @@ def load_training(
     if not os.path.isfile(os.path.join(folder, SCHEDULE_FILE)):
         logger.warning("There is no state of the critic's optimizer in %s: it starts anew.", folder)
         return
-    if accelerator.distributed_type == DistributedType.DEEPSPEED:
-        load_engine(model, folder, weights_only=False)
-    elif accelerator.distributed_type == DistributedType.FSDP:
+    if accelerator.distributed_type == DistributedType.FSDP:
         load_fsdp_optimizer(accelerator.state.fsdp_plugin, accelerator, optimizer, model, folder)
-    else:
+    elif accelerator.distributed_type != DistributedType.DEEPSPEED:  # whose engine has it with its weights
         _load_optimizer(optimizer, folder)
     schedule.load_state_dict(_read(os.path.join(folder, SCHEDULE_FILE)))
 
 
-def load_engine(engine, folder: str, weights_only: bool) -> None:
-    """Take a DeepSpeed engine's weights, and its optimizer's state if wanted, from a folder."""
-    engine.load_checkpoint(
-        folder,
-        load_module_strict=not is_peft_model(engine.module),
-        load_module_only=weights_only,
-        load_lr_scheduler_states=False,
-    )
+def load_engine(engine, folder: str) -> None:
+    """Take a DeepSpeed engine's weights and its optimizer's state, which ZeRO-3 cannot load without each other."""
+    is_adapter = is_peft_model(engine.module)
+    engine.load_checkpoint(folder, load_module_strict=not is_adapter, load_lr_scheduler_states=False)
 
 
 def _save_optimizer(optimizer: Optimizer, folder: str) -> None:

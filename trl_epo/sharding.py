@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from datetime import timedelta
 
 from accelerate import Accelerator
@@ -16,6 +17,16 @@ from transformers import TrainingArguments
 def set_timeout(timeout: timedelta) -> None:
     """How long a process waits for the others."""
     distributed_c10d._set_pg_timeout(timeout)
+
+
+def keep_output_precision(accelerator: Accelerator) -> None:
+    """
+    Have models that FSDP 2 will shard return what they compute: with bf16 accelerate rounds all outputs to it, of which
+    log-probs and entropies would keep three digits.
+    """
+    plugin = accelerator.state.fsdp_plugin if accelerator.is_fsdp2 else None
+    if plugin is not None and plugin.mixed_precision_policy is not None:
+        plugin.mixed_precision_policy = replace(plugin.mixed_precision_policy, output_dtype=None)
 
 
 def shards_with_fsdp1(accelerator: Accelerator) -> bool:

@@ -85,6 +85,8 @@ def make_trainer(folder: str, case: dict) -> PlacedTrainer:
         "max_turn_length": 4,
         "top_k": 1,  # greedy: the same episodes on any number of processes
         "environment_patience": float("inf"),
+        "env_max_retries": 0,
+        "max_failed_fraction": 1.0,
         "entropy_coef": 0.1,
         "logging_steps": 1,
         "save_strategy": "no",

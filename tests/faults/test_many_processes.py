@@ -22,6 +22,13 @@ import trl_epo
 
 GAE = {"advantage_estimator": "gae", "context": "window", "gamma": 0.9, "gae_lambda": 0.8}
 SAVED = {"save_strategy": "steps", "save_steps": 1}
+BEST = {
+    "load_best_model_at_end": True,
+    "metric_for_best_model": "eval_reward",
+    "greater_is_better": False,
+    "eval_strategy": "steps",
+    "eval_steps": 1,
+}
 FIRST_HALF, SECOND_HALF = list(range(NUM_EPISODES // 2)), list(range(NUM_EPISODES // 2, NUM_EPISODES))
 
 CASES = {
@@ -63,8 +70,10 @@ SHARDED_CASES = {
         "lora": True,
         "resume": "lora",
     },
-    "a rank fails": {"settings": GAE, "from_folder": True, "broken": SECOND_HALF},
+    "best": {"settings": GAE | SAVED | BEST},
+    "a rank fails": {"settings": GAE | {"critic_warmup_steps": 1}, "from_folder": True, "broken": SECOND_HALF},
 }
+BF16 = {"settings": {"bf16": True}}
 UNTRAINED = {"settings": {}, "train": False, "evaluate": True}
 ACCELERATE = [
     "--num_processes=2",
@@ -73,6 +82,8 @@ ACCELERATE = [
     "--dynamo_backend=no",
     "--main_process_port=0",
 ]
+
+needs_deepspeed = pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason="needs deepspeed")
 
 
 def launch(cases: dict, folder: Path, **environment: str) -> subprocess.CompletedProcess:
@@ -123,7 +134,7 @@ def one(tmp_path_factory):
 def two(tmp_path_factory):
     """The folder with two processes' results, with all weights on each and with shards."""
     folder = tmp_path_factory.mktemp("two")
-    done = launch(CASES | sharded("fsdp2", folder), folder)
+    done = launch(CASES | sharded("fsdp2", folder) | {"fsdp2 bf16": BF16 | {"kind": "fsdp2"}}, folder)
     assert done.returncode == 0, done.stderr[-3000:]
     return folder
 
@@ -178,6 +189,7 @@ def _numbers(content) -> list[float]:
 def test_two_processes_equal_one(one, two, name):
     found = read(two, name)
     assert (found[0]["kind"], found[0]["world"]) == ("MULTI_CPU", 2)
+    assert read(two, name, rank=1)[0]["history"] == found[0]["history"]
     assert_equal(found, one(name, CASES[name]))
 
 
@@ -196,7 +208,9 @@ def test_fsdp2_equals_one_process(one, two, name):
     assert_sharded_equals_one(one, two, "fsdp2", "FSDP", name)
 
 
-needs_deepspeed = pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason="needs deepspeed")
+def test_entropies_of_fsdp2_are_not_rounded_to_bf16(one, two):
+    found, expected = (state["logs"][0]["epo/entropy"] for state, _ in (read(two, "fsdp2 bf16"), one("bf16", BF16)))
+    assert found == pytest.approx(expected, rel=1e-4)  # bf16 is as far as 2e-3 away
 
 
 def test_what_fsdp2_saves_is_whole(two):
