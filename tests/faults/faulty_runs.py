@@ -42,14 +42,14 @@ SETTINGS = {
 
 
 class Poisoned(EPOTrainer):
-    """Its loss is NaN in the first micro-batch of some steps, counted from 0."""
+    """Its loss, but not the gradient, is infinite in the first micro-batch of some steps, counted from 0."""
 
     poisoned_steps = ()
 
     def compute_loss(self, *args, **kwargs):
         loss = super().compute_loss(*args, **kwargs)
         first = self.optimizer_micro_step % self.args.gradient_accumulation_steps == 0
-        return loss * math.nan if first and self.state.global_step in self.poisoned_steps else loss
+        return loss + math.inf if first and self.state.global_step in self.poisoned_steps else loss
 
 
 def make_trainer(folder: Path, *callbacks, dataset=None, trainer_class=EPOTrainer, **kwargs) -> EPOTrainer:

@@ -79,6 +79,20 @@ def test_it_comes_at_any_moment(tmp_path, event):
     assert last_whole_checkpoint(tmp_path) == str(tmp_path / "checkpoint-2")
 
 
+def test_a_whole_checkpoint_is_not_written_again(tmp_path):
+    manifest = tmp_path / "checkpoint-4" / "manifest.json"
+    written = []
+
+    def act():
+        written.append(manifest.stat().st_mtime_ns)
+        terminate()
+
+    trainer = make_trainer(tmp_path, When("on_epoch_end", 4, act), save_strategy="steps", save_steps=2)
+    with pytest.raises(SystemExit):
+        trainer.train()
+    assert written == [manifest.stat().st_mtime_ns]
+
+
 def test_the_last_checkpoint_is_kept_beside_the_best(tmp_path):
     # Trainer deletes all but the best at the end of a run with these settings; an interrupted one is not at its end.
     trainer = make_trainer(
