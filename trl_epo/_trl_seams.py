@@ -72,6 +72,7 @@ SIGNATURES = {
     "_prepare_inputs": ("self", "generation_batch"),
     "_get_train_sampler": ("self", "dataset"),
     "_get_eval_sampler": ("self", "eval_dataset"),
+    "create_accelerator_and_postprocess": ("self",),
     "prediction_step": ("self", "model", "inputs", "prediction_loss_only", "ignore_keys"),
     "compute_loss": ("self", "model", "inputs", "return_outputs", "num_items_in_batch"),
     "log": ("self", "logs", "start_time"),

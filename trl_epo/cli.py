@@ -21,6 +21,7 @@ from typing import Any, NamedTuple
 import gymnasium
 from datasets import Dataset
 from peft import AutoPeftModelForCausalLM
+from peft.utils import CONFIG_NAME as ADAPTER_CONFIG
 from transformers import AutoConfig
 from trl import ModelConfig, TrlParser, get_peft_config, get_quantization_config
 
@@ -217,7 +218,7 @@ def make_trainer(
         **(args.model_init_kwargs or {}),
     }
     model = model_args.model_name_or_path
-    if Path(model, "adapter_config.json").exists():
+    if Path(model, ADAPTER_CONFIG).exists():
         model = AutoPeftModelForCausalLM.from_pretrained(model, is_trainable=True, **args.model_init_kwargs)
         args.model_init_kwargs = None
         kwargs["peft_config"] = None

@@ -46,13 +46,10 @@ class CreditAssigner:
         self.accelerator = accelerator
         self.critic = critic
 
-    def own_rewards(self, episode: Episode) -> list[float]:
-        """The environment's reward for each turn, less the penalty for an invalid action."""
-        return [turn.reward - self.args.invalid_action_penalty * turn.invalid for turn in episode.turns]
-
     def flat_episodes(self, episodes: list[Episode]) -> tuple[list[int], int]:
         """Which of these are in groups whose rewards from the environment are all equal; the number of such groups."""
-        rewards = [math.nan if episode.failed else math.fsum(self.own_rewards(episode)) for episode in episodes]
+        penalty = self.args.invalid_action_penalty
+        rewards = [math.nan if each.failed else math.fsum(each.penalised_rewards(penalty)) for each in episodes]
         return self._in_flat_groups(gather_object(rewards), len(episodes))
 
     def mask_flat_groups(self, batch: dict[str, Any], rewards: Tensor) -> dict[str, float]:
@@ -70,7 +67,7 @@ class CreditAssigner:
             return {}
         own = self._own(len(episodes))
         earned = [
-            [] if episode.failed else turn_rewards(self.own_rewards(episode), total)
+            [] if episode.failed else turn_rewards(episode.penalised_rewards(args.invalid_action_penalty), total)
             for episode, total in zip(episodes, rewards[own].tolist(), strict=True)
         ]
         if args.advantage_estimator == "gae":

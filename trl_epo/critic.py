@@ -10,6 +10,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType, is_peft_model
 from peft import PeftModel, TaskType, get_peft_model
+from peft.utils import CONFIG_NAME as ADAPTER_CONFIG
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.nn.parallel import DistributedDataParallel
@@ -31,7 +32,6 @@ from .sharding import check_critic, gathered_weights
 
 logger = logging.getLogger(__name__)
 
-ADAPTER_FILE = "adapter_config.json"
 OWN_WEIGHTS = ("params", "model", "optimizer_dict")  # arguments of optimizers that choose their weights by themselves
 MODEL_FOLDER = "model"  # below the critic's folder of a checkpoint
 
@@ -50,7 +50,7 @@ def make_critic(policy: PreTrainedModel | PeftModel, critic_model: str | None) -
     """
     language_model = policy.get_base_model() if is_peft_model(policy) else policy
     kind = language_model.config.model_type
-    adapter = critic_model if critic_model and os.path.isfile(os.path.join(critic_model, ADAPTER_FILE)) else None
+    adapter = critic_model if critic_model and os.path.isfile(os.path.join(critic_model, ADAPTER_CONFIG)) else None
     if adapter is not None and not is_peft_model(policy):
         raise ValueError(
             f"`critic_model` ({critic_model}) holds an adapter, but the policy has none. Give a whole model, or a policy "

@@ -93,6 +93,10 @@ class Episode:
         """The undiscounted sum of the environment's rewards (γ = 1)."""
         return sum(turn.reward for turn in self.turns)
 
+    def penalised_rewards(self, penalty: float) -> list[float]:
+        """The environment's reward for each turn, less a penalty for each invalid action, in units of reward."""
+        return [turn.reward - penalty * turn.invalid for turn in self.turns]
+
     @property
     def num_invalid_actions(self) -> int:
         """Number of turns whose action was invalid."""

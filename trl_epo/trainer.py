@@ -22,6 +22,7 @@ from transformers.trainer_utils import has_length
 from trl.trainer.utils import get_config_model_id
 
 from ._trl_seams import SeamedGRPOTrainer
+from .argument_checks import check_other_arguments, check_text_episode_arguments
 from .batching import action_mask
 from .chat import ChatEncoder
 from .config import EPOConfig
@@ -33,7 +34,7 @@ from .environment_pool import make_environment_pool
 from .episode import Episode, StopReason, episode_row
 from .evaluation import evaluation_metrics
 from .failures import FailureLog
-from .generation import TurnSampler, make_logits_processors
+from .generation import TurnSampler
 from .history import EntropyHistory
 from .metrics import EpisodeSummary, episode_metrics
 from .model_card import complete_model_card
@@ -155,50 +156,12 @@ class EPOTrainer(SeamedGRPOTrainer):
         self._environments = make_environment_pool(environment_factory, args.env_timeout)
         if self._environments is not None:
             weakref.finalize(self, self._environments.close)  # also if what follows raises
-            if rollout_func is not None:
-                raise ValueError("Give either `rollout_func` or a text environment: the latter has its own rollouts.")
-            if tools:
-                raise ValueError(
-                    "`tools` cannot be used with a text environment, whose actions are plain text. Make the "
-                    "environment a TRL tool environment (methods instead of `step`), or leave `tools` out."
-                )
-            generation_kwargs = args.generation_kwargs or {}
-            if not (args.use_vllm or args.use_transformers_continuous_batching):
-                make_logits_processors(**generation_kwargs)  # raises if it cannot honour them
-            elif clash := {"n", "logprobs", "max_tokens", "max_new_tokens"} & generation_kwargs.keys():
-                raise ValueError(
-                    f"`generation_kwargs` sets {sorted(clash)}, which a text episode sets for each of its turns. Leave "
-                    "them out; `max_turn_length` limits a turn."
-                )
-            if args.loss_type == "dr_grpo" and args.max_completion_length is None:
-                raise ValueError(
-                    "`loss_type='dr_grpo'` divides by `max_completion_length`, which is not set: give the longest "
-                    "episode in tokens, observations included."
-                )
-            if (
-                args.use_vllm
-                and args.world_size > 1
-                and (args.vllm_mode == "server" or args.vllm_tensor_parallel_size > 1)
-            ):
-                raise ValueError(
-                    "Text episodes on several processes cannot share a vLLM engine: TRL wants equally many requests from "
-                    "each, but episodes end at different turns. Use `vllm_mode='colocate'` with "
-                    "`vllm_tensor_parallel_size=1`."
-                )
-            if not args.ds3_gather_for_generation and not args.use_vllm and args.world_size > 1:
-                raise ValueError(
-                    "`ds3_gather_for_generation=False` makes every process call the model equally often, but text "
-                    "episodes end at different turns. Leave it `True`, or use vLLM."
-                )
+            check_text_episode_arguments(args, tools, rollout_func)
             if train_dataset is None:
                 train_dataset = placeholder_dataset(args, self._environments)
             first_row = check_first_row(self._environments, train_dataset, args.max_observation_length)
-        elif args.advantage_estimator != "grpo" or args.filter_zero_variance_groups or args.context != "transcript":
-            raise ValueError(
-                f"`advantage_estimator={args.advantage_estimator!r}`, `filter_zero_variance_groups="
-                f"{args.filter_zero_variance_groups!r}` and `context={args.context!r}` are for text episodes, but there "
-                "is no text environment. Give an `environment_factory`, or leave them at 'grpo', None and 'transcript'."
-            )
+        else:
+            check_other_arguments(args)
         own_reward = self._environments is not None and not reward_funcs
         if args.max_completion_length is None and self._environments is None:
             args.max_completion_length = DEFAULT_COMPLETION_LENGTH
@@ -528,7 +491,7 @@ class EPOTrainer(SeamedGRPOTrainer):
 def episode_return(episodes: list[Episode], invalid_action_penalty: list[float], **kwargs) -> list[float]:
     """The reward of a text episode: its return, less `invalid_action_penalty` for each invalid action."""
     return [
-        episode.episode_return - penalty * episode.num_invalid_actions
+        math.fsum(episode.penalised_rewards(penalty))
         for episode, penalty in zip(episodes, invalid_action_penalty, strict=True)
     ]
 
