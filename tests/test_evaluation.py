@@ -353,7 +353,7 @@ class TestTrainer:
         trainer._action_parser = lambda text: "r"
         metrics = trainer.evaluate()
         assert metrics["eval_reward"] == expected["eval_reward"]
-        assert metrics["eval_completions/max_length"] == expected["eval_completions/max_length"]
+        assert not any("completions/" in name for name in metrics)  # of rows that fill up the last batch too
         assert metrics["eval_episode/count"] == 8
 
     def test_predict_leaves_nothing(self, tmp_path, tokenizer):
