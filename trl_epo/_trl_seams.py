@@ -71,6 +71,7 @@ SIGNATURES = {
     "_prepare_inputs": ("self", "generation_batch"),
     "_get_train_sampler": ("self", "dataset"),
     "_get_eval_sampler": ("self", "eval_dataset"),
+    "create_accelerator_and_postprocess": ("self",),
     "prediction_step": ("self", "model", "inputs", "prediction_loss_only", "ignore_keys"),
     "_save_checkpoint": ("self", "model", "trial"),
     "_load_best_model": ("self",),
