@@ -2,6 +2,7 @@
 
 import json
 import os
+import resource
 import signal
 import threading
 from functools import partial
@@ -11,9 +12,11 @@ import pytest
 from conftest import Corridor, make_model
 from datasets import Dataset
 from faulty import Faulty
+from faulty_runs import When
 from transformers import TrainerCallback
 
 from trl_epo import EPOConfig, EPOTrainer
+from trl_epo.checkpoints import last_whole_checkpoint
 from trl_epo.envs.household import Household
 from trl_epo.envs.process import ProcessEnv
 from trl_epo.envs.scienceworld import ScienceWorld
@@ -252,6 +255,29 @@ class TestTooMany:
         assert resumed.state.global_step == 3
         assert (resumed.entropy_history.step, len(resumed.entropy_history.means)) == (2, 2)
         assert logged(resumed, "faults/crash") == [0.0, 5.0, 5.0]
+
+    def test_a_checkpoint_that_is_there_is_not_put_at_risk(self, tmp_path, tokenizer, tokens):
+        def make():
+            factory = partial(Faulty, "crash", 1, tokens.folder)
+            return make_trainer(tmp_path, tokenizer, factory, max_steps=2, env_max_retries=0)
+
+        def no_room(bound=0):
+            resource.setrlimit(resource.RLIMIT_FSIZE, (bound, resource.RLIM_INFINITY))
+
+        tokens(5)
+        with pytest.raises(RuntimeError, match="5 of 8 episodes failed"):
+            make().train()
+        before = (tmp_path / "checkpoint-0" / "manifest.json").stat().st_mtime_ns
+        resumed = make()
+        resumed.add_callback(When("on_step_begin", 0, no_room))
+        tokens(5)
+        try:
+            with pytest.raises(RuntimeError, match="(?s)5 of 8 episodes failed.*checkpoint-0"):
+                resumed.train(resume_from_checkpoint=True)
+        finally:
+            no_room(resource.RLIM_INFINITY)
+        assert (tmp_path / "checkpoint-0" / "manifest.json").stat().st_mtime_ns == before
+        assert last_whole_checkpoint(tmp_path) == str(tmp_path / "checkpoint-0")
 
     def test_at_the_very_beginning(self, tmp_path, tokenizer, tokens):
         trainer = make_trainer(
