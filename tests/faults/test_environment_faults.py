@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 from conftest import Corridor, make_model
-from datasets import Dataset
+from datasets import Dataset, IterableDataset
 from faulty import Faulty
 from faulty_runs import When
 from transformers import TrainerCallback
@@ -167,6 +167,31 @@ class TestOneEpisode:
         assert max(line) < 128
         assert b"\x1b" not in line and line.count(b"\n") == 1
         assert json.loads(line)["cause"].startswith("RuntimeError: the simulator crashed")
+
+    def test_an_environment_that_changes_its_options(self, tmp_path, tokenizer):
+        seen = []
+
+        class Greedy(Corridor):
+            def reset(self, *, seed=None, options=None):
+                seen.append(list(options["things"]))
+                options["things"].clear()
+                if len(seen) == 2:  # the first is that of a check before training
+                    raise RuntimeError("once more")
+                return super().reset(seed=seed)
+
+        rows = Dataset.from_dict({"things": [["key", "lamp"]] * 2})
+        make_trainer(tmp_path, tokenizer, Greedy, rows=rows, max_steps=1).train()
+        assert seen == [["key", "lamp"]] * (1 + 8 + 1)
+        assert failures(tmp_path)[0]["options"] == {"things": ["key", "lamp"]}
+
+    def test_options_that_json_cannot_carry(self, tmp_path, tokenizer, tokens):
+        rows = IterableDataset.from_generator(lambda: iter([{"things": {(1, 2): "key"}}] * 8))
+        trainer = make_trainer(tmp_path, tokenizer, partial(Faulty, "crash", 2, tokens.folder), rows=rows)
+        tokens(1)
+        trainer.train()
+        (record,) = failures(tmp_path)
+        assert record["kind"] == "crash"
+        assert "TypeError" in record["options"]
 
 
 class TestManners:
