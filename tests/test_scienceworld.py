@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from trl_epo.envs import TextEnv, scienceworld
-from trl_epo.envs.scienceworld import SPLITS, VARIATIONS, ScienceWorld, SimulatorError, tasks
+from trl_epo.envs.scienceworld import SPLITS, VARIATIONS, ScienceWorld, SimulatorDied, SimulatorError, tasks
 
 
 # Tasks whose solution takes few steps and does not depend on the order in which the simulator visits objects.
@@ -525,7 +525,7 @@ def test_java_that_is_stopped_while_it_starts_can_be_interrupted(monkeypatch):
         time.sleep(0.5)
         assert not answer.done()
         stuck.interrupt()
-        with pytest.raises(SimulatorError, match="did not start"):
+        with pytest.raises(SimulatorDied, match="exit status -9"):
             answer.result(30)
         assert other.result(30)  # in another one
     wait_until_gone(new[0].pid)

@@ -450,12 +450,14 @@ class _Jvm:
         self.ended = ""  # why no more calls can be made
 
     def wait_until_ready(self) -> None:
-        """Wait until calls can be made; `kill` ends it. Raises `SimulatorError` if Java does not come up."""
+        """Wait until calls can be made; `kill` ends that. Raises `SimulatorError` if Java does not come up."""
         answer = self.process.stdout.readline()
         try:
             self._address = int(answer), self.process.stdout.readline().decode().strip()
         except ValueError as error:  # Java wrote a complaint in place of its port, or nothing
             self.end(patience=1)
+            if self.process.returncode < 0:  # a signal
+                raise SimulatorDied(self.ended) from error
             raise SimulatorError(f"Java did not start with the options {self.options}: {answer!r}") from error
         logger.debug("started ScienceWorld's Java process %d", self.process.pid)
 
