@@ -110,6 +110,11 @@ class FailureLog:
         self._own: list[dict[str, Any]] = []  # of this process, not shared yet
         self.counts = {"train": Counter(), "eval": Counter()}
 
+    def begin(self, mode: str) -> None:
+        """Forget what an earlier run or evaluation has left, which may have been interrupted."""
+        self._own = []
+        self.counts[mode].clear()
+
     def note(self, episodes: Sequence["Episode"]) -> None:
         """Take down the failures of episodes that this process has played."""
         for episode in episodes:

@@ -6,6 +6,7 @@ import resource
 import signal
 import threading
 from functools import partial
+from itertools import count
 from pathlib import Path
 
 import pytest
@@ -158,6 +159,25 @@ class TestOneEpisode:
         assert metrics["eval_faults/crash"] == 1.0
         assert metrics["eval_episode/stop/failure"] == 1 / 8
         assert failures(tmp_path)[0]["mode"] == "eval"
+
+    def test_an_interrupted_run_leaves_none_to_the_next(self, tmp_path, tokenizer, tokens):
+        trainer = make_trainer(
+            tmp_path, tokenizer, partial(Faulty, "crash", 1, tokens.folder), filter_zero_variance_groups="resample"
+        )
+        usual, calls = trainer._action_parser, count()
+
+        def parser(text):
+            if next(calls) == 40:  # the first batch has been played once, and is played again
+                raise KeyboardInterrupt
+            return usual(text)
+
+        tokens(1)
+        trainer._action_parser = parser
+        with pytest.raises(KeyboardInterrupt):
+            trainer.train()
+        trainer.train()
+        assert logged(trainer, "faults/crash") == [0.0, 0.0]
+        assert logged(trainer, "groups/resampled") == [6.0, 6.0]
 
     def test_the_file_is_plain_ascii(self, tmp_path, tokenizer, tokens):
         trainer = make_trainer(tmp_path, tokenizer, partial(Faulty, "crash", 1, tokens.folder))
