@@ -83,3 +83,56 @@ def test_an_exception_is_the_environments_own():
         env.reset(options={"nonsense": 1})
     assert env.reset(seed=0)
     env.close()
+
+
+class TwoArguments(Exception):
+    """As many exceptions are: pickled with the arguments of `Exception`, which are not its own."""
+
+    def __init__(self, code, text):
+        super().__init__(f"{code}: {text}")
+
+
+class NoNumber:
+    def __reduce__(self):
+        return int, ("no number",)
+
+
+class Odd(Corridor):
+    """What it raises and answers cannot be unpickled."""
+
+    def step(self, action):
+        if action == "raise":
+            raise TwoArguments(7, "no more ink")
+        if action == "answer":
+            return "", 0.0, False, False, {"place": NoNumber()}
+        return "", 0.0, False, False, {"pid": os.getpid()}
+
+
+def test_what_cannot_be_unpickled_is_not_taken_for_a_dead_process():
+    env = ProcessEnv(Odd)
+    env.reset(seed=0)
+    pid = env.step("look")[-1]["pid"]
+    with pytest.raises(RuntimeError, match="TwoArguments: 7: no more ink"):
+        env.step("raise")
+    with pytest.raises(ValueError, match="no number"):
+        env.step("answer")
+    assert env.step("look")[-1]["pid"] == pid
+    env.close()
+
+
+def test_in_a_forked_child():
+    env = ProcessEnv(Household)
+    env.reset(seed=0)
+    child = os.fork()
+    if not child:
+        try:
+            signal.alarm(30)
+            other = ProcessEnv(Household)
+            other.reset(seed=0)
+            other.close()
+            os._exit(0)
+        finally:
+            os._exit(1)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    assert env.step("look")
+    env.close()

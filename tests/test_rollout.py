@@ -1,5 +1,6 @@
 """Episodes: their turns, their ends, and what a fault costs. Environments are real; only the policy is scripted."""
 
+import math
 import threading
 import time
 
@@ -15,6 +16,7 @@ from trl_epo.contexts import ContextRules, add_observation
 from trl_epo.environment_pool import EnvironmentPool
 from trl_epo.envs import TextEnv
 from trl_epo.episode import StopReason, episode_row
+from trl_epo.failures import FailureKind
 from trl_epo.generation import Sample
 from trl_epo.rollout import EpisodeStart, Limits, parse_action, parse_tagged_action, play_episodes
 
@@ -61,7 +63,17 @@ def samplers():
 
 @pytest.fixture
 def play(tokenizer, samplers):
-    def play(factory, texts=("right",), num=1, parser=parse_action, prompt=(), options=None, names=None, **limits):
+    def play(
+        factory,
+        texts=("right",),
+        num=1,
+        parser=parse_action,
+        prompt=(),
+        options=None,
+        names=None,
+        timeout=math.inf,
+        **limits,
+    ):
         limits = {"max_turns": 10, "max_turn_length": 20, **limits}
         rules = {"max_length": limits.pop("max_episode_length", 500), "max_turn_length": limits["max_turn_length"]}
         for name in ("context_length", "window", "overflow_to_window", "context_turns", "prompt_builder"):
@@ -71,7 +83,7 @@ def play(tokenizer, samplers):
         starts = [EpisodeStart(list(prompt), seed=5, options=options or {}, environment=name) for name in names]
         sampler = ScriptedSampler(tokenizer, texts)
         samplers.append(sampler)
-        pool = EnvironmentPool(factory)
+        pool = EnvironmentPool(factory, timeout)
         chat = ChatEncoder(tokenizer, [tokenizer.eos_token_id])
         return play_episodes(starts, pool, ContextRules(chat, **rules), sampler, Limits(**limits), parser)
 
@@ -239,12 +251,33 @@ FAULTS = [
 ]
 STEP_FAULTS = [
     pytest.param(lambda o, r, *rest: (o, float("nan"), *rest), "must be finite", id="reward is NaN"),
+    pytest.param(lambda o, r, *rest: (o, 1e39, *rest), "must be finite", id="reward is too large for TRL"),
     pytest.param(lambda o, r, *rest: (o, "much", *rest), "must be a number", id="reward is no number"),
+    pytest.param(lambda o, r, *rest: (o, 10**400, *rest), "must be a number", id="reward is no float"),
     pytest.param(lambda o, r, *rest: (o, r, True), r"terminated, truncated, info", id="three values"),
 ]
 
 
 class TestFaults:
+    def test_waiting_does_not_keep_the_processor_busy(self, play):
+        class Slow(Corridor):
+            def step(self, action):
+                if self.num_steps == 1:
+                    time.sleep(0.5)
+                return super().step(action)
+
+        def parser(text):  # the quick one's answer is there long before the slow one is asked
+            time.sleep(0.5 if text == "left" else 0)
+            return text
+
+        before = time.process_time()
+        factories = {"quick": lambda: Corridor(99), "slow": lambda: Slow(99)}
+        quick, slow = play(
+            factories, texts=("right", "left"), names=list(factories), parser=parser, max_turns=2, timeout=0.6
+        )
+        assert (quick.failed, slow.failed) == (False, False)
+        assert time.process_time() - before < 0.2
+
     @pytest.mark.parametrize("at", [0, 1, 3])
     @pytest.mark.parametrize(("fault", "message"), FAULTS)
     def test_costs_its_own_episode_only(self, play, fault, message, at):
@@ -270,8 +303,23 @@ class TestFaults:
         (episode,) = play(Corridor, parser=lambda text: text.split("never")[1])
         assert "IndexError" in episode.failures[-1].traceback
 
+    def test_the_cause_is_the_error_and_not_its_notes(self, play):
+        def noted(*answer):
+            error = RuntimeError("the cause")
+            error.add_note("a hint")
+            raise error
+
+        (episode,) = play(lambda: Faulty(noted, 1, threading.Event()))
+        assert episode.failures[-1].cause == "RuntimeError: the cause"
+        assert "a hint" in episode.failures[-1].traceback
+
     @pytest.mark.parametrize(
-        "info", [{"success": np.array([1, 0])}, {"task": type("T", (), {"__str__": lambda self: 1 / 0})()}]
+        "info",
+        [
+            {"success": np.array([1, 0])},
+            {"invalid_action": np.array([1, 0])},
+            {"task": type("T", (), {"__str__": lambda self: 1 / 0})()},
+        ],
     )
     def test_info_that_cannot_be_read(self, play, info):
         class Odd(Corridor):
@@ -281,6 +329,7 @@ class TestFaults:
         factories = {"good": lambda: Corridor(turns=4), "bad": Odd}
         good, bad = play(factories, names=["good", "bad"], parser=lambda text: "x")
         assert (good.failed, bad.failed) == (False, True)
+        assert bad.failures[-1].kind is FailureKind.INVALID_ANSWER
 
     def test_exit_with_an_error_that_cannot_be_shown(self, play):
         class Evil(BaseException):

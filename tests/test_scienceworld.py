@@ -9,12 +9,13 @@ from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
+import psutil
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from trl_epo.envs import TextEnv, scienceworld
-from trl_epo.envs.scienceworld import SPLITS, VARIATIONS, ScienceWorld, SimulatorError, tasks
+from trl_epo.envs.scienceworld import SPLITS, VARIATIONS, ScienceWorld, SimulatorDied, SimulatorError, tasks
 
 
 # Tasks whose solution takes few steps and does not depend on the order in which the simulator visits objects.
@@ -507,6 +508,28 @@ def test_java_that_does_not_start(monkeypatch):
     monkeypatch.setattr(scienceworld, "_jvm", None)
     with pytest.raises(SimulatorError, match="did not start with the options.*-Xmxmuch"):
         ScienceWorld("boil").reset()
+
+
+@pytest.mark.jvm
+def test_java_that_is_stopped_while_it_starts_can_be_interrupted(monkeypatch):
+    monkeypatch.setattr(scienceworld, "_jvm", None)
+    stuck, waiting = ScienceWorld("boil", 0), ScienceWorld("boil", 0)
+    me = psutil.Process()
+    before = set(me.children())
+    with ThreadPoolExecutor() as threads:
+        answer = threads.submit(stuck.reset)
+        while not (new := [child for child in me.children() if child not in before and "java" in child.name()]):
+            time.sleep(0.001)
+        new[0].suspend()
+        other = threads.submit(waiting.reset)
+        time.sleep(0.5)
+        assert not answer.done()
+        stuck.interrupt()
+        with pytest.raises(SimulatorDied, match="exit status -9"):
+            answer.result(30)
+        assert other.result(30)  # in another one
+    wait_until_gone(new[0].pid)
+    scienceworld._jvm.end()
 
 
 PROGRAM = """

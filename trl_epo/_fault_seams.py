@@ -287,9 +287,13 @@ class FaultTolerantGRPOTrainer(GRPOTrainer):
                 rotate(folder, self.args.save_total_limit, self.state.best_model_checkpoint)
 
     def save_last_checkpoint(self) -> Path:
-        """Write a checkpoint before training ends with an error; its folder. Every process calls it."""
+        """
+        Write a checkpoint before training ends with an error, unless this step's is already there; its folder. Every process
+        calls it.
+        """
         self._must_save = True
-        self._save_checkpoint(self.model, trial=None)
+        if self._saved_step != self.state.global_step:
+            self._save_checkpoint(self.model, trial=None)
         return Path(self._get_output_dir(trial=None), f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}")
 
     def _give_up_checkpoint(self, folder: Path) -> None:
@@ -323,6 +327,8 @@ class FaultTolerantGRPOTrainer(GRPOTrainer):
         if checkpoint is not None:
             self.load_extras(checkpoint)
             self._load_run_state(Path(checkpoint))
+            if Path(checkpoint).resolve().parent == Path(self._get_output_dir(trial=None)).resolve():
+                self._saved_step = self.state.global_step
 
     # What a process remembers between two optimizer steps
 

@@ -7,6 +7,7 @@ import time
 import traceback
 from collections.abc import Callable
 from concurrent.futures import Future, wait
+from copy import deepcopy
 from queue import SimpleQueue
 from typing import Any
 
@@ -51,8 +52,8 @@ class EnvironmentWorker:
         return future
 
     def reset(self, seed: int, options: dict[str, Any]) -> Future:
-        """`(observation, info)`, checked against the contract."""
-        return self.call(lambda env: check_reset(env.reset(seed=seed, options=dict(options))))
+        """`(observation, info)`, checked against the contract. The environment may do with its `options` as it likes."""
+        return self.call(lambda env: check_reset(env.reset(seed=seed, options=deepcopy(options))))
 
     def step(self, action: str) -> Future:
         """`(observation, reward, terminated, truncated, info)`, checked against the contract."""

@@ -82,7 +82,9 @@ class Failure:
 
     @classmethod
     def of(cls, kind: FailureKind, error: Exception, num_turns: int, action: str | None) -> "Failure":
-        cause = printable(taken_in(" ".join(traceback.format_exception_only(error)[-1].split()), MAX_CAUSE_LENGTH))
+        lines = traceback.format_exception_only(error)
+        line = next((line for line in lines if not line.startswith(" ")), lines[-1])  # without code, and without notes
+        cause = printable(taken_in(" ".join(line.split()), MAX_CAUSE_LENGTH))
         text = taken_in("".join(traceback.format_exception(error)), MAX_FAILURE_LENGTH)
         return cls(kind, num_turns, action, cause, text)
 
@@ -107,6 +109,11 @@ class FailureLog:
         self._writes = writes
         self._own: list[dict[str, Any]] = []  # of this process, not shared yet
         self.counts = {"train": Counter(), "eval": Counter()}
+
+    def begin(self, mode: str) -> None:
+        """Forget what an earlier run or evaluation has left, which may have been interrupted."""
+        self._own = []
+        self.counts[mode].clear()
 
     def note(self, episodes: Sequence["Episode"]) -> None:
         """Take down the failures of episodes that this process has played."""
@@ -142,7 +149,7 @@ class FailureLog:
             try:
                 self.path.parent.mkdir(parents=True, exist_ok=True)
                 with self.path.open("a") as file:
-                    file.writelines(json.dumps(record, default=repr) + "\n" for record in records)
+                    file.writelines(_line(record) for record in records)
             except OSError as error:  # the run is worth more than its notes
                 logger.warning("Failures of episodes could not be written to %s: %s", self.path, error)
         return records
@@ -155,3 +162,10 @@ class FailureLog:
         metrics = {f"faults/{name}": float(count) for name, count in self.counts[mode].items() if count}
         self.counts["eval"].clear()
         return metrics
+
+
+def _line(record: dict[str, Any]) -> str:
+    try:
+        return json.dumps(record, default=repr) + "\n"
+    except Exception as error:  # options with keys that are no text, in a circle, or that cannot even be shown
+        return json.dumps({**record, "options": f"{type(error).__name__}: they cannot be written as JSON"}) + "\n"

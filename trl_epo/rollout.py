@@ -109,6 +109,7 @@ class _Playing:
     sample: Sample | None = None  # the action that the environment is to answer; None: `reset`
     text: str = ""
     action: str | None = None
+    not_understood: bool = False  # the environment says so of the last action
     success: bool | None = None
     task: str | None = None
     num_late_answers: int = 0
@@ -219,7 +220,7 @@ class _Playing:
                 logprobs=None if logprobs is None else tuple(logprobs),
                 text=self.text,
                 action=self.action,
-                invalid=self.action is None or bool(info.get("invalid_action", False)),
+                invalid=self.action is None or self.not_understood,
                 observation=observation,
                 reward=reward,
                 starts_context=not is_first and self.next_turn.starts_context,
@@ -251,6 +252,7 @@ class _Playing:
         success = info.get("success")
         task = self.start.options.get("task") or info.get("task")
         self.success = None if success is None else bool(success)
+        self.not_understood = bool(info.get("invalid_action", False))
         self.task = None if task is None else name_of(task)
         return taken_in(observation, length), info_taken_in(info, length)
 
@@ -366,7 +368,8 @@ def _wait(
 ) -> None:
     """Wait until `end` for answers that are `wanted`; those that pass their deadline meanwhile become failures."""
     while (now := time.monotonic()) < end and not _is_enough([answers[index] for index in wanted], return_when):
-        next_deadline = min(episodes[index].deadline for index in answers)
+        deadlines = [episodes[index].deadline for index, answer in answers.items() if not answer.done()]
+        next_deadline = min(deadlines, default=math.inf)
         seconds = min(end - now, next_deadline - now, threading.TIMEOUT_MAX)
         wait([answers[index] for index in wanted], max(seconds, 0.0), return_when)
         now = time.monotonic()

@@ -192,7 +192,8 @@ class EPOTrainer(SeamedGRPOTrainer):
         self.entropy_term.history = EntropyHistory()  # a resumed run loads its own
         self._summaries["train"].clear()
         if self._environments is not None:
-            self._failures.counts["train"].clear()
+            self._failures.begin("train")
+        self._num_resampled = 0
         return super().train(*args, **kwargs)
 
     @property
@@ -365,6 +366,7 @@ class EPOTrainer(SeamedGRPOTrainer):
         self._eval_panel_size = len(rows) * self.num_generations_eval if has_length(rows) else sys.maxsize
         # What an evaluation that was interrupted, or `predict`, has left
         self._summaries["eval"].clear()
+        self._failures.begin("eval")
         self.clear_eval_metrics()
 
     # Credit assignment

