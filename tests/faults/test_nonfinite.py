@@ -73,6 +73,17 @@ def test_a_step_that_is_left_out_leaves_no_trace(tmp_path, poison, max_grad_norm
     assert trainer.entropy_history.step == 4
 
 
+def test_the_critic_is_looked_after_in_every_run_of_a_trainer(tmp_path):
+    trainer = make_trainer(tmp_path, advantage_estimator="gae", max_steps=3)
+    trainer.train()
+    poison_critic(trainer, (1,))
+    taken = snapshots(trainer)
+    trainer.train()
+    assert taken.changed == [False, True]
+    assert trainer._nonfinite.total == 1
+    assert all(weight.isfinite().all() for weight in trainer._critic.model.parameters())
+
+
 def test_too_many_in_a_row(tmp_path):
     trainer = make_trainer(tmp_path, trainer_class=Poisoned, max_nonfinite_steps=2, max_steps=7)
     trainer.poisoned_steps = (1, 3, 4)
