@@ -14,16 +14,16 @@ from trl_epo.entropy_term import EntropyTerm, Moment
 
 
 class Snapshots(TrainerCallback):
-    """After each step: the weights, the critic's too, and the optimizer's state."""
+    """After each step: the weights and the optimizer's state, the critic's too."""
 
     def __init__(self, trainer):
         self.trainer, self.taken = trainer, []
 
     def on_step_end(self, args, state, control, **kwargs):
-        models = [self.trainer.model, *([] if self.trainer._critic is None else [self.trainer._critic.model])]
-        of_models = [weight.detach().clone() for model in models for weight in model.parameters()]
-        of_optimizer = [value.clone() for each in self.trainer.optimizer.state.values() for value in each.values()]
-        self.taken.append(of_models + of_optimizer)
+        both = [self.trainer, *([] if self.trainer._critic is None else [self.trainer._critic])]
+        of_models = [weight.detach().clone() for each in both for weight in each.model.parameters()]
+        states = [state for each in both for state in each.optimizer.state.values()]
+        self.taken.append(of_models + [value.clone() for state in states for value in state.values()])
 
     @property
     def changed(self) -> list[bool]:
