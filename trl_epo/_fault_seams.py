@@ -323,7 +323,14 @@ class FaultTolerantGRPOTrainer(GRPOTrainer):
         self.load_best_extras(self.state.best_model_checkpoint)
 
     def _load_optimizer_and_scheduler(self, checkpoint):
-        super()._load_optimizer_and_scheduler(checkpoint)
+        try:
+            super()._load_optimizer_and_scheduler(checkpoint)
+        except ValueError as error:  # torch's, of the groups of weights
+            raise ValueError(
+                f"The optimizer in {checkpoint} had other weights: {error}. It was written with another model or adapter, or with "
+                "a critic that had no optimizer of its own yet. To go on from its weights, begin a new run with this folder as "
+                "`model` (and its critic/model, if there is one, as `critic_model`)."
+            ) from error
         if checkpoint is not None:
             self.load_extras(checkpoint)
             self._load_run_state(Path(checkpoint))

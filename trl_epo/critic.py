@@ -126,6 +126,7 @@ class Critic:
         self.trains_alone = False  # in the warm-up
         self.model = model.train()
         self.optimizer = None
+        self._prepared = None  # the optimizer as the accelerator knows it
         self.schedule = None
 
     @property
@@ -137,8 +138,11 @@ class Critic:
         """Make ready to train for this many optimizer steps; each process has its part of the weights afterwards."""
         if self.optimizer is None:
             optimizer = make_optimizer(self.model, self.args)
-            self.model, optimizer = self.accelerator.prepare(self.model, optimizer)
-            self.optimizer = optimizer if self._is_engine else optimizer.optimizer  # without accelerate's wrapper
+            self.model, self._prepared = self.accelerator.prepare(self.model, optimizer)
+            # Without accelerate's wrapper
+            self.optimizer = self._prepared if self._is_engine else self._prepared.optimizer
+        else:  # Trainer has made the accelerator forget it
+            self.accelerator.prepare_optimizer(self._prepared)
         self.schedule = get_scheduler(
             self.args.lr_scheduler_type,
             optimizer=self.optimizer,

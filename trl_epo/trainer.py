@@ -267,9 +267,9 @@ class EPOTrainer(SeamedGRPOTrainer):
                     episodes[i] = episode
         summaries = [EpisodeSummary.of(episode, group) for episode, group in zip(episodes, groups, strict=True)]
         summaries = gather_object(summaries)  # of all processes
-        self._summaries[self.mode] += summaries
         failures = self._failures.share(self.mode, step=self.state.global_step, rl_step=self.entropy_history.step)
         self._check_failed_fraction(summaries, failures, before)
+        self._summaries[self.mode] += summaries
         episodes += [UNPLAYED] * (len(rows) - len(groups))
         self._episodes = episodes
         pad_id = self._tokenizer.pad_token_id

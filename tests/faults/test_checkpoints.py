@@ -170,6 +170,18 @@ def test_other_batches_begin_anew(run, changed, caplog):
     assert weights(trainer).isfinite().all()
 
 
+def test_an_optimizer_of_other_weights(run):
+    checkpoint = run / "checkpoint-3"
+    state = torch.load(checkpoint / "optimizer.pt")
+    state["param_groups"].append(state["param_groups"][0])  # as if there were a critic's
+    torch.save(state, checkpoint / "optimizer.pt")
+    (checkpoint / MANIFEST).unlink()
+    with pytest.raises(
+        ValueError, match=r"checkpoint-3 had other weights.*begin a new run with this folder as `model`"
+    ):
+        make_trainer(run, **SAVING).train(resume_from_checkpoint=str(checkpoint))
+
+
 def test_a_second_run_of_a_trainer_begins_anew(tmp_path):
     trainer = make_trainer(tmp_path, max_steps=1)  # of the four that a batch serves
     trainer.train()

@@ -300,6 +300,7 @@ class TestTooMany:
         assert resumed.state.global_step == 3
         assert (resumed.entropy_history.step, len(resumed.entropy_history.means)) == (2, 2)
         assert logged(resumed, "faults/crash") == [0.0, 5.0, 5.0]
+        assert logged(resumed, "episode/stop/failure") == [0.0, 0.0, 0.0]
 
     def test_a_checkpoint_that_is_there_is_not_put_at_risk(self, tmp_path, tokenizer, tokens):
         def make():

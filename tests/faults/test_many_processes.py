@@ -74,6 +74,7 @@ SHARDED_CASES = {
     "a rank fails": {"settings": GAE | {"critic_warmup_steps": 1}, "from_folder": True, "broken": SECOND_HALF},
 }
 BF16 = {"settings": {"bf16": True}}
+OVERFLOW = {"settings": GAE | {"critic_warmup_steps": 1}, "overflow": 1}
 UNTRAINED = {"settings": {}, "train": False, "evaluate": True}
 ACCELERATE = [
     "--num_processes=2",
@@ -134,7 +135,8 @@ def one(tmp_path_factory):
 def two(tmp_path_factory):
     """The folder with two processes' results, with all weights on each and with shards."""
     folder = tmp_path_factory.mktemp("two")
-    done = launch(CASES | sharded("fsdp2", folder) | {"fsdp2 bf16": BF16 | {"kind": "fsdp2"}}, folder)
+    more = {"fsdp2 bf16": BF16 | {"kind": "fsdp2"}, "fsdp2 overflow": OVERFLOW | {"kind": "fsdp2"}}
+    done = launch(CASES | sharded("fsdp2", folder) | more, folder)
     assert done.returncode == 0, done.stderr[-3000:]
     return folder
 
@@ -211,6 +213,13 @@ def test_fsdp2_equals_one_process(one, two, name):
 def test_entropies_of_fsdp2_are_not_rounded_to_bf16(one, two):
     found, expected = (state["logs"][0]["epo/entropy"] for state, _ in (read(two, "fsdp2 bf16"), one("bf16", BF16)))
     assert found == pytest.approx(expected, rel=1e-4)  # bf16 is as far as 2e-3 away
+
+
+def test_a_step_that_is_not_finite_is_left_out_by_all_of_fsdp2(one, two):
+    found, expected = read(two, "fsdp2 overflow"), one("overflow", OVERFLOW)
+    steps = [entry for entry in found[0]["logs"] if "loss" in entry]
+    assert [entry["faults/nonfinite_steps"] for entry in steps] == [0, 1, 1]
+    assert_equal(found, expected, but=("grad_norm",))
 
 
 def test_what_fsdp2_saves_is_whole(two):

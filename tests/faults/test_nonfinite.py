@@ -14,16 +14,16 @@ from trl_epo.entropy_term import EntropyTerm, Moment
 
 
 class Snapshots(TrainerCallback):
-    """After each step: the weights, the critic's too, and the optimizer's state."""
+    """After each step: the weights and the optimizer's state, the critic's too."""
 
     def __init__(self, trainer):
         self.trainer, self.taken = trainer, []
 
     def on_step_end(self, args, state, control, **kwargs):
-        models = [self.trainer.model, *([] if self.trainer._critic is None else [self.trainer._critic.model])]
-        of_models = [weight.detach().clone() for model in models for weight in model.parameters()]
-        of_optimizer = [value.clone() for each in self.trainer.optimizer.state.values() for value in each.values()]
-        self.taken.append(of_models + of_optimizer)
+        both = [self.trainer, *([] if self.trainer._critic is None else [self.trainer._critic])]
+        of_models = [weight.detach().clone() for each in both for weight in each.model.parameters()]
+        states = [state for each in both for state in each.optimizer.state.values()]
+        self.taken.append(of_models + [value.clone() for state in states for value in state.values()])
 
     @property
     def changed(self) -> list[bool]:
@@ -71,6 +71,17 @@ def test_a_step_that_is_left_out_leaves_no_trace(tmp_path, poison, max_grad_norm
     assert [entry["faults/nonfinite_steps"] for entry in entries] == [0, 0, 1, 1, 1]
     assert [entry["learning_rate"] for entry in entries] == pytest.approx([0.01, 0.008, 0.006, 0.004, 0.002])
     assert trainer.entropy_history.step == 4
+
+
+def test_the_critic_is_looked_after_in_every_run_of_a_trainer(tmp_path):
+    trainer = make_trainer(tmp_path, advantage_estimator="gae", max_steps=3)
+    trainer.train()
+    poison_critic(trainer, (1,))
+    taken = snapshots(trainer)
+    trainer.train()
+    assert taken.changed == [False, True]
+    assert trainer._nonfinite.total == 1
+    assert all(weight.isfinite().all() for weight in trainer._critic.model.parameters())
 
 
 def test_too_many_in_a_row(tmp_path):
