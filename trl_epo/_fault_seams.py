@@ -375,6 +375,7 @@ class FaultTolerantGRPOTrainer(GRPOTrainer):
         self._nonfinite.load_state_dict(state["nonfinite"])
         if self._nonfinite.in_a_row >= self.args.max_nonfinite_steps:  # what the run gave up for
             self._nonfinite.in_a_row = 0
+        self.restore_pending_figures(state["figures"])
         before, now = state["geometry"], self._geometry()
         changes = [f"{name} {before[name]} -> {now[name]}" for name in GEOMETRY if before[name] != now[name]]
         if self._any_process(bool(changes)):
@@ -391,7 +392,6 @@ class FaultTolerantGRPOTrainer(GRPOTrainer):
             for batch in batches
         ]
         self._metrics["train"].update(state["metrics"])
-        self.restore_pending_figures(state["figures"])
         if state["completions"] is not None:
             self._restore_completions_table(state["completions"])
         self._losses_to_log = state["losses"]

@@ -61,6 +61,7 @@ class Episode:
         stop_reason ([`StopReason`]): Why it ended.
         success (`bool` or `None`): The environment's last `info["success"]`; `None` if it does not tell.
         task (`str` or `None`): The kind of task, for metrics: one printable line, at most 100 characters.
+        environment (`str` or `None`): Which of several environments it was played in.
         options (`dict`): The dataset row the environment was reset with.
         seed (`int`): The seed it was reset with.
         num_late_answers (`int`): How often generation went on without the environment's answer.
@@ -76,6 +77,7 @@ class Episode:
     stop_reason: StopReason
     success: bool | None = None
     task: str | None = None
+    environment: str | None = None
     options: dict[str, Any] = field(default_factory=dict)
     seed: int = 0
     num_late_answers: int = 0

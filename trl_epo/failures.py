@@ -123,6 +123,7 @@ class FailureLog:
                     {
                         "kind": failure.kind.value,
                         "retried": attempt + 1 < len(episode.failures) or not episode.failed,
+                        "environment": episode.environment,
                         "task": episode.task,
                         "seed": episode.seed,
                         "options": episode.options,

@@ -274,6 +274,7 @@ class _Playing:
             stop_reason=self.stop_reason,
             success=self.success,
             task=self.task,
+            environment=self.start.environment,
             options=self.start.options,
             seed=self.start.seed,
             num_late_answers=self.num_late_answers,

@@ -234,7 +234,7 @@ def report(folder: Path, sessions: list[dict[str, Any]]) -> dict[str, Any]:
     expected, written = Counter(), Counter()
     for fault, kind in KINDS.items():
         expected[kind] += injected[fault]
-    of_java = [line for line in failures if line["task"] == "boil"]
+    of_java = [line for line in failures if line["environment"] == "java"]
     written.update(line["kind"] for line in failures)
     written.subtract(line["kind"] for line in of_java)
     last = max(folder.glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]))

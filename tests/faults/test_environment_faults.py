@@ -179,6 +179,19 @@ class TestOneEpisode:
         assert logged(trainer, "faults/crash") == [0.0, 0.0]
         assert logged(trainer, "groups/resampled") == [6.0, 6.0]
 
+    def test_counts_go_on_with_other_batches(self, tmp_path, tokenizer, tokens):
+        def make(**settings):
+            factory = {"only": partial(Faulty, "crash", 1, tokens.folder)}
+            rows = Dataset.from_dict({"environment": ["only"] * 2})
+            return make_trainer(tmp_path, tokenizer, factory, rows=rows, save_strategy="steps", **settings)
+
+        tokens(1)
+        make(max_steps=1, save_steps=1).train()
+        resumed = make(per_device_train_batch_size=4, gradient_accumulation_steps=2)
+        resumed.train(resume_from_checkpoint=True)
+        assert logged(resumed, "faults/crash") == [1.0, 1.0]
+        assert failures(tmp_path)[0]["environment"] == "only"
+
     def test_the_file_is_plain_ascii(self, tmp_path, tokenizer, tokens):
         trainer = make_trainer(tmp_path, tokenizer, partial(Faulty, "crash", 1, tokens.folder))
         tokens(1)
