@@ -116,14 +116,14 @@ def check_one_fault(trainer, tmp_path, put, kind, at):
 class TestOneEpisode:
     @pytest.mark.parametrize(("fault", "at", "kind"), ON_A_THREAD)
     def test_on_a_thread(self, tmp_path, tokenizer, tokens, fault, at, kind):
-        timeout = 1.0 if kind == "timeout" else 60.0
+        timeout = 2.0 if kind == "timeout" else 60.0
         trainer = make_trainer(tmp_path, tokenizer, partial(Faulty, fault, at, tokens.folder), env_timeout=timeout)
         check_one_fault(trainer, tmp_path, tokens, kind, at)
 
     @pytest.mark.parametrize(("fault", "at", "kind"), IN_A_PROCESS)
     def test_in_a_process(self, tmp_path, tokenizer, tokens, fault, at, kind):
         there = partial(Faulty, fault, at, tokens.folder)
-        timeout = 3.0 if kind == "timeout" else 60.0  # the start of a process included
+        timeout = 6.0 if kind == "timeout" else 60.0  # the start of eight processes included
         trainer = make_trainer(tmp_path, tokenizer, lambda: ProcessEnv(there, memory_limit=2**30), env_timeout=timeout)
         check_one_fault(trainer, tmp_path, tokens, kind, at)
 
@@ -387,7 +387,7 @@ def test_scienceworlds_java_process(tmp_path, tokenizer, tokens, signal_number, 
 
     rows = Dataset.from_dict({"task": ["boil"] * 2, "variation": [0, 1]})
     trainer = make_trainer(tmp_path, tokenizer, lambda: Shot(turns=3), rows=rows, max_failed_fraction=0.0)
-    trainer._environments.timeout = 5.0
+    trainer._environments.timeout = 10.0
     tokens(1)
     trainer.train()
     # All environments of the process share it: each loses its episode, and gets it again in another one.
