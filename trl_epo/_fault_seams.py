@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from shutil import rmtree
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -93,14 +94,14 @@ GEOMETRY = (
 
 
 @contextmanager
-def _rotation_postponed() -> Iterator[None]:
-    """In here Trainer deletes no older checkpoint: the new one is not whole yet."""
-    usual = transformers.trainer.rotate_checkpoints
-    transformers.trainer.rotate_checkpoints = lambda **kwargs: None
+def replaced(module: ModuleType, name: str, value: Any) -> Iterator[None]:
+    """While this context lasts, the `module` has another `value` of this name."""
+    usual = getattr(module, name)
+    setattr(module, name, value)
     try:
         yield
     finally:
-        transformers.trainer.rotate_checkpoints = usual
+        setattr(module, name, usual)
 
 
 class FaultTolerantGRPOTrainer(GRPOTrainer):
@@ -265,7 +266,8 @@ class FaultTolerantGRPOTrainer(GRPOTrainer):
             with self._noting_errors():
                 if self.args.should_save:
                     begin_checkpoint(folder)
-            with self._noting_errors(), _rotation_postponed():
+            # Trainer deletes no older checkpoint in here: the new one is not whole yet.
+            with self._noting_errors(), replaced(transformers.trainer, "rotate_checkpoints", lambda **kwargs: None):
                 super()._save_checkpoint(model, trial)
             with self._noting_errors():
                 self._save_run_state(folder)

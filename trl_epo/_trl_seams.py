@@ -7,7 +7,7 @@ Every private name of TRL that this package relies on, and nothing else; those o
 """
 
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -21,7 +21,7 @@ from trl.trainer import grpo_trainer
 from trl.trainer import utils as trl_utils
 from trl.trainer.utils import RepeatSampler, pad
 
-from ._fault_seams import FaultTolerantGRPOTrainer
+from ._fault_seams import FaultTolerantGRPOTrainer, replaced
 from .generation import (
     CachedTurnSampler,
     RequestTurnSampler,
@@ -135,29 +135,21 @@ def _kept_casts(model: nn.Module) -> Iterator[None]:
             weight.requires_grad_(False)
 
 
-@contextmanager
-def _head_tiles(device: torch.device) -> Iterator[None]:
+def _head_tiles(device: torch.device) -> AbstractContextManager[None]:
     """While this context lasts, the forwards of TRL's fused head, and their backwards, use tiles that fit `device`."""
-    usual = trl_utils._CHUNKED_LOGPROB_CHUNK_SIZE
-    if device.type == "cpu":
-        trl_utils._CHUNKED_LOGPROB_CHUNK_SIZE = CPU_HEAD_TILE
-    try:
-        yield
-    finally:
-        trl_utils._CHUNKED_LOGPROB_CHUNK_SIZE = usual
+    if device.type != "cpu":
+        return nullcontext()
+    return replaced(trl_utils, "_CHUNKED_LOGPROB_CHUNK_SIZE", CPU_HEAD_TILE)
 
 
-@contextmanager
-def _escaped_samples() -> Iterator[None]:
+def _escaped_samples() -> AbstractContextManager[None]:
     """While this context lasts, the table of completions that TRL prints (`log_completions`) cannot drive a terminal."""
     usual = grpo_trainer.print_prompt_completions_sample
-    grpo_trainer.print_prompt_completions_sample = lambda *args, **kwargs: usual(
-        *printable_parts(args), **printable_parts(kwargs)
-    )
-    try:
-        yield
-    finally:
-        grpo_trainer.print_prompt_completions_sample = usual
+
+    def print_sample(*args, **kwargs):
+        usual(*printable_parts(args), **printable_parts(kwargs))
+
+    return replaced(grpo_trainer, "print_prompt_completions_sample", print_sample)
 
 
 class SeamedGRPOTrainer(FaultTolerantGRPOTrainer):

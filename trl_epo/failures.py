@@ -158,11 +158,9 @@ class FailureLog:
     def metrics(self, mode: str) -> dict[str, float]:
         """
         `faults/<kind>`, and `faults/retried` (attempts that another one followed): numbers of the whole training so far,
-        or of the last evaluation, which is forgotten. Those that are zero are left out.
+        or of the last evaluation. Those that are zero are left out.
         """
-        metrics = {f"faults/{name}": float(count) for name, count in self.counts[mode].items() if count}
-        self.counts["eval"].clear()
-        return metrics
+        return {f"faults/{name}": float(count) for name, count in self.counts[mode].items() if count}
 
 
 def _line(record: dict[str, Any]) -> str:
