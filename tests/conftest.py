@@ -1,7 +1,8 @@
 """Small real parts that tests share: a tokenizer, a model, a text environment."""
 
 import os
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 
@@ -17,6 +18,16 @@ from trl_epo.envs import TextEnv
 
 
 torch.set_num_threads(1)  # the models are tiny: threads would only wait for each other
+
+# Settings of trainings that are over in a second: in float32 on a CPU, each step in the log, nothing on the disk.
+CPU_RUN = {
+    "logging_steps": 1,
+    "save_strategy": "no",
+    "use_cpu": True,
+    "bf16": False,
+    "gradient_checkpointing": False,
+    "disable_tqdm": True,
+}
 
 CHATML = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
@@ -76,6 +87,14 @@ def shapes_read(model: LlamaForCausalLM) -> Iterator[list[tuple[int, int]]]:
     )
     with hook:
         yield shapes
+
+
+def wait_for(condition: Callable[[], bool], seconds: float = 60.0) -> bool:
+    """Whether a condition comes true in this time."""
+    end = time.monotonic() + seconds
+    while not (done := condition()) and time.monotonic() < end:
+        time.sleep(0.05)
+    return done
 
 
 class Corridor(TextEnv):

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import Corridor, make_model
+from conftest import CPU_RUN, Corridor, make_model
 from datasets import Dataset
 from trl import GRPOTrainer
 
@@ -13,6 +13,7 @@ from trl_epo.rollout import parse_action
 
 
 BASE = {
+    **CPU_RUN,
     "per_device_train_batch_size": 8,
     "gradient_accumulation_steps": 1,
     "num_generations": 4,
@@ -21,12 +22,6 @@ BASE = {
     "max_steps": 3,
     "optim": "sgd",  # its steps are the gradients: Adam makes much of the rounding in tiny ones
     "learning_rate": 0.02,
-    "logging_steps": 1,
-    "save_strategy": "no",
-    "use_cpu": True,
-    "bf16": False,
-    "gradient_checkpointing": False,
-    "disable_tqdm": True,
 }
 GRPO = {"entropy_coef": 0.0}
 EPO = {

@@ -8,7 +8,7 @@ from itertools import combinations
 import numpy as np
 import pytest
 import torch
-from conftest import Corridor, make_model, shapes_read
+from conftest import CPU_RUN, Corridor, make_model, shapes_read
 from datasets import Dataset
 from hypothesis import given
 from hypothesis import strategies as st
@@ -208,6 +208,7 @@ class TestRuns:
 
 
 BASE = {
+    **CPU_RUN,
     "per_device_train_batch_size": 4,
     "num_generations": 4,
     "per_device_eval_batch_size": 8,
@@ -216,12 +217,6 @@ BASE = {
     "max_turn_length": 4,
     "max_steps": 2,
     "learning_rate": 1e-2,
-    "logging_steps": 1,
-    "save_strategy": "no",
-    "use_cpu": True,
-    "bf16": False,
-    "gradient_checkpointing": False,
-    "disable_tqdm": True,
 }
 
 

@@ -5,7 +5,7 @@ from collections import Counter
 import gymnasium
 import pytest
 import torch
-from conftest import CHATML, Corridor, make_model
+from conftest import CHATML, CPU_RUN, Corridor, make_model
 from datasets import Dataset, IterableDataset
 from peft import LoraConfig, PromptTuningConfig
 from torch.profiler import profile
@@ -15,6 +15,7 @@ from trl_epo import EPOConfig, EPOTrainer
 
 
 BASE = {
+    **CPU_RUN,
     "per_device_train_batch_size": 8,
     "gradient_accumulation_steps": 1,
     "num_generations": 4,
@@ -22,12 +23,6 @@ BASE = {
     "max_turn_length": 5,
     "max_steps": 2,
     "learning_rate": 1e-2,
-    "logging_steps": 1,
-    "save_strategy": "no",
-    "use_cpu": True,
-    "bf16": False,
-    "gradient_checkpointing": False,
-    "disable_tqdm": True,
 }
 ROWS = Dataset.from_dict({"length": [2, 3, 4, 5]})
 

@@ -5,7 +5,7 @@ import logging
 
 import pytest
 import torch
-from conftest import make_model
+from conftest import CPU_RUN, make_model
 from datasets import Dataset
 from trl import GRPOConfig, GRPOTrainer
 
@@ -26,18 +26,13 @@ def reward(completions, **kwargs):
 
 
 BASE = {
+    **CPU_RUN,
     "per_device_train_batch_size": 4,
     "gradient_accumulation_steps": 2,
     "num_generations": 4,
     "max_completion_length": 8,
     "max_steps": 3,
     "learning_rate": 1e-2,
-    "logging_steps": 1,
-    "save_strategy": "no",
-    "use_cpu": True,
-    "bf16": False,
-    "gradient_checkpointing": False,
-    "disable_tqdm": True,
 }
 
 

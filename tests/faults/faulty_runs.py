@@ -14,7 +14,7 @@ import time
 from pathlib import Path
 
 import torch
-from conftest import Corridor, make_model, make_tokenizer
+from conftest import CPU_RUN, Corridor, make_model, make_tokenizer
 from transformers import TrainerCallback
 
 import trl_epo
@@ -23,6 +23,7 @@ from trl_epo.checkpoints import last_whole_checkpoint
 
 
 SETTINGS = {
+    **CPU_RUN,
     "per_device_train_batch_size": 4,
     "num_generations": 4,
     "steps_per_generation": 2,
@@ -32,12 +33,6 @@ SETTINGS = {
     "max_steps": 7,
     "learning_rate": 1e-2,
     "entropy_coef": 0.5,
-    "logging_steps": 1,
-    "save_strategy": "no",
-    "use_cpu": True,
-    "bf16": False,
-    "gradient_checkpointing": False,
-    "disable_tqdm": True,
 }
 
 

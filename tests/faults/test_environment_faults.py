@@ -10,7 +10,7 @@ from itertools import count
 from pathlib import Path
 
 import pytest
-from conftest import Corridor, make_model
+from conftest import CPU_RUN, Corridor, make_model
 from datasets import Dataset, IterableDataset
 from faulty import Faulty
 from faulty_runs import When
@@ -24,18 +24,13 @@ from trl_epo.envs.scienceworld import ScienceWorld
 
 
 BASE = {
+    **CPU_RUN,
     "per_device_train_batch_size": 8,
     "gradient_accumulation_steps": 1,
     "num_generations": 4,
     "max_turns": 4,
     "max_turn_length": 5,
     "max_steps": 2,
-    "logging_steps": 1,
-    "save_strategy": "no",
-    "use_cpu": True,
-    "bf16": False,
-    "gradient_checkpointing": False,
-    "disable_tqdm": True,
     "env_timeout": 60.0,
 }
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pandas as pd
 import psutil
 import pytest
-from conftest import Corridor, make_model
+from conftest import CPU_RUN, Corridor, make_model, wait_for
 from datasets import Dataset, IterableDataset
 from test_chat import family_tokenizer
 from trl.chat_template_utils import add_response_schema
@@ -76,19 +76,14 @@ def config(tmp_path, **kwargs):
     return EPOConfig(
         str(tmp_path),
         **{
+            **CPU_RUN,
             "per_device_train_batch_size": 4,
             "num_generations": 2,
             "max_turns": 5,
             "max_turn_length": 4,
             "max_steps": 2,
             "learning_rate": 1e-3,
-            "logging_steps": 1,
-            "save_strategy": "no",
             "report_to": "none",
-            "use_cpu": True,
-            "bf16": False,
-            "gradient_checkpointing": False,
-            "disable_tqdm": True,
             **kwargs,
         },
     )
@@ -241,14 +236,6 @@ class Corrupt(Corridor):
         raise RuntimeError(ALARM)
 
 
-def wait_until(condition):
-    for _ in range(100):
-        if condition():
-            return
-        time.sleep(0.1)
-    raise TimeoutError("The condition did not come true in 10 s.")
-
-
 class TestDataset:
     def test_what_does_not_fit_fails_alone_and_quickly(self, tmp_path, tokenizer, caplog):
         start = time.perf_counter()
@@ -282,7 +269,7 @@ class TestLogs:
     def test_failures_are_shown_escaped_and_set_apart(self, tmp_path, tokenizer, caplog):
         args = config(tmp_path, max_steps=1, max_failed_fraction=1.0, env_max_retries=0)
         _, episodes = train(tokenizer, Corrupt, args, Dataset.from_dict({"length": [3, 4]}))
-        wait_until(lambda: sum("Closing" in message for message in caplog.messages) == len(episodes))
+        assert wait_for(lambda: sum("Closing" in message for message in caplog.messages) == len(episodes), seconds=10)
         failures = [message for message in caplog.messages if "failed" in message]
         assert len(failures) == 2 * len(episodes)
         for message in failures:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import psutil
 import pytest
-from conftest import make_model, make_tokenizer
+from conftest import make_model, make_tokenizer, wait_for
 from datasets import Dataset
 from faulty import Faulty
 
@@ -70,13 +70,6 @@ def train(folder: Path) -> None:
         environment_factory=partial(WithJava, str(folder / "tokens")),
         action_parser=lambda text: text or "look",
     ).train()
-
-
-def wait_for(condition, seconds: float = 60.0) -> bool:
-    end = time.monotonic() + seconds
-    while not (done := condition()) and time.monotonic() < end:
-        time.sleep(0.05)
-    return done
 
 
 def environments(trainer: psutil.Process) -> list[psutil.Process]:
