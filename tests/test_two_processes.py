@@ -12,7 +12,7 @@ from conftest import Corridor, make_model, make_tokenizer
 from datasets import Dataset
 
 import trl_epo
-from trl_epo import EPOConfig, EPOTrainer
+from trl_epo import EPOConfig, EPOTrainer, gloo
 
 
 class Recording(Corridor):
@@ -94,6 +94,7 @@ def evaluate(folder: str, settings: dict) -> None:
         disable_tqdm=True,
         **settings,
     )
+    gloo._wait = Path(folder, f"waited{os.environ['RANK']}").touch  # when this process ends
     lengths = {"many": [1, 90, 90], "one": [1]}
     trainer = EPOTrainer(
         make_model(),
@@ -108,20 +109,25 @@ def evaluate(folder: str, settings: dict) -> None:
     Path(folder, f"rank{trainer.accelerator.process_index}.json").write_text(json.dumps(state))
 
 
-def run(folder: Path, what: str = "train", **settings) -> tuple[dict, dict]:
-    """What each of two processes says of a training or an evaluation."""
+def launch(script: str | Path, *arguments: str, **kwargs) -> subprocess.Popen:
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     path = os.pathsep.join([str(Path(__file__).parent), str(Path(trl_epo.__file__).parents[1])])
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path}
-    command = [*launcher, __file__, what, str(folder), json.dumps(settings)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr[-3000:]
+    return subprocess.Popen([*launcher, script, *arguments], env=environment, text=True, **kwargs)
+
+
+def run(folder: Path, what: str = "train", **settings) -> tuple[dict, dict]:
+    """What each of two processes says of a training or an evaluation."""
+    process = launch(__file__, what, str(folder), json.dumps(settings), stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    errors = process.communicate(timeout=300)[1]
+    assert process.returncode == 0, errors[-3000:]
     first, second = (json.loads((folder / f"rank{rank}.json").read_text()) for rank in range(2))
     return first, second
 
 
 def test_every_row_of_a_panel_counts_as_often_as_it_should(tmp_path):
     first, second = run(tmp_path, "evaluate")
+    assert {path.name for path in tmp_path.glob("waited*")} == {"waited0", "waited1"}
     for state in (first, second):
         assert state["metrics"]["eval_many_episode/count"] == 6
         assert state["metrics"]["eval_many_episode/success_rate"] == 2 / 6
@@ -172,6 +178,25 @@ def test_windows_and_a_critic(tmp_path):
     assert first["weights"] == second["weights"]
     assert first["critic"] == second["critic"]
     assert first["training_forwards"] > 3 and second["training_forwards"] > 3
+
+
+COLLECTIVES = """
+import torch
+from trl_epo.gloo import let_gloo_finish
+torch.distributed.init_process_group("gloo")
+let_gloo_finish()
+for _ in range(5):
+    torch.distributed.all_reduce(torch.ones(1000))
+"""
+
+
+def test_processes_end_well_just_after_a_collective(tmp_path):
+    # Without a wait about half of them abort; side by side they disturb each other, which makes it more.
+    (tmp_path / "collectives.py").write_text(COLLECTIVES)
+    runs = [launch(tmp_path / "collectives.py", stderr=subprocess.PIPE) for _ in range(3)]
+    for process in runs:
+        errors = process.communicate(timeout=100)[1]
+        assert process.returncode == 0, errors[-3000:]
 
 
 if __name__ == "__main__":

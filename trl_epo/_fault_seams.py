@@ -28,6 +28,7 @@ from .checkpoints import (
     last_whole_checkpoint,
     rotate,
 )
+from .gloo import let_gloo_finish
 from .interruption import EXIT_CODE, Interruption
 from .nonfinite import NonfiniteSteps, gradient_is_finite, leaves_overflow_to_scaler
 from .run_state import load_run_state, save_run_state
@@ -119,6 +120,7 @@ class FaultTolerantGRPOTrainer(GRPOTrainer):
         self._saved_step = -1
         self._losses_to_log: dict[str, Any] | None = None  # of a resumed run, until Trainer has begun its loop
         super().__init__(*args, **kwargs)
+        let_gloo_finish()
 
     # What a subclass may override
 
