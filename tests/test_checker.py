@@ -45,6 +45,7 @@ def bad(**methods):
         (bad(on_step=lambda o, *a: ("", *a)), "every reply must be a sentence"),
         (bad(on_step=lambda *a: (*a[:4], {"success": "yes"})), "'yes', but must be a `bool`"),
         (bad(on_step=lambda *a: (*a[:4], {"admissible_actions": [1]})), r"\[1\], but must be a list of `str`"),
+        (bad(on_step=lambda *a: (*a[:4], {"action_templates": [2]})), r"\[2\], but must be a list of `str`"),
         (bad(on_step=lambda *a: 1 / 0), "raised ZeroDivisionError"),
     ],
 )

@@ -26,6 +26,11 @@ class TestBuildPrompt:
         assert "<think>" in text and "<action>" in text
         assert "steps" not in text.split("First reason")[0]
 
+    def test_forms_of_actions_stand_in_for_a_list(self):
+        forms = ["go OBJ", "open OBJ"]
+        assert "Forms of actions: go OBJ; open OBJ\n\nFirst reason" in build_prompt(view(action_templates=forms))
+        assert "OBJ" not in describe_turn(view(action_templates=forms, admissible_actions=["left"]))
+
     def test_later_turn(self):
         history = [PastTurn("You are at 3.", "<action>left</action>", "left"), PastTurn("You are at 2.", "x", "x")]
         text = describe_turn(view(5, history))

@@ -14,6 +14,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from trl_epo.contexts import TurnView, build_prompt
 from trl_epo.envs import TextEnv, scienceworld
 from trl_epo.envs.scienceworld import SPLITS, VARIATIONS, ScienceWorld, SimulatorDied, SimulatorError, tasks
 
@@ -190,6 +191,7 @@ def test_first_observation_and_info():
     assert description.startswith("Your task is to find the animal with the longest life span.")
     assert around.startswith("This outside location is called the outside.")
     assert "look around" in info.pop("admissible_actions")
+    assert "focus on OBJ" in info.pop("action_templates")
     assert info == {
         "success": False,
         "score": 50,
@@ -199,6 +201,19 @@ def test_first_observation_and_info():
     }
     env.admissible_actions = False
     assert "admissible_actions" not in env.step("look around")[4]
+
+
+@pytest.mark.jvm
+def test_a_windows_prompt_tells_the_forms_of_actions():
+    """Those that the simulator names itself, which depend on the simplification."""
+    for simplification, teleports in (("easy", True), ("", False)):
+        env = ScienceWorld("boil", 0, simplification=simplification)
+        observation, info = env.reset()
+        listed = env.step("help")[0].removeprefix("Possible actions: \n\t").split("\n\t")
+        assert info["action_templates"] == env.step("look around")[4]["action_templates"] == listed
+        prompt = build_prompt(TurnView([], observation, 0, (), observation, info))
+        assert "; focus on OBJ; " in prompt
+        assert ("; teleport OBJ; " in prompt) == teleports
 
 
 @pytest.mark.jvm

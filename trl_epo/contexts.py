@@ -54,7 +54,10 @@ INSTRUCTIONS = (
 
 
 def describe_turn(turn: TurnView) -> str:
-    """The task, the number of steps, the last turns, the present observation and the admissible actions, as text."""
+    """
+    The task, the number of steps, the last turns, the present observation and the admissible actions, or else the forms
+    of actions, as text.
+    """
     parts = [f"Your task and where you began:\n{turn.task}"]
     if turn.num_steps:
         parts.append(f"You have taken {turn.num_steps} step{'s' * (turn.num_steps > 1)}.")
@@ -64,13 +67,16 @@ def describe_turn(turn: TurnView) -> str:
         parts.append(f"Observation {turn.num_steps + 1}, now: {turn.observation}")
     if actions := turn.info.get("admissible_actions"):
         parts.append("Actions that are possible now: " + "; ".join(actions))
+    elif templates := turn.info.get("action_templates"):
+        parts.append("Forms of actions: " + "; ".join(templates))
     return "\n\n".join(parts)
 
 
 def build_prompt(turn: TurnView) -> str:
     """
     The default `prompt_builder` of `context="window"`, with the parts of the paper's prompts: role, task, number of
-    steps, the last observations and actions, the present observation, admissible actions, and the form of the answer.
+    steps, the last observations and actions, the present observation, admissible actions or the forms of actions, and
+    the form of the answer.
     """
     return f"You are an expert agent in a text environment.\n\n{describe_turn(turn)}\n\n{INSTRUCTIONS}"
 

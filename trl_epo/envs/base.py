@@ -40,7 +40,8 @@ class TextEnv(gymnasium.Env[str, str]):
     An environment whose calls can be ended from outside may have a method `interrupt()`. It is called from another thread
     when a call does not return in time, or is not waited for any more; that call then has to raise. `close` follows.
 
-    By convention `"admissible_actions"` (`list[str]`) holds what may be done now; only the default prompt of a window shows it.
+    By convention `"admissible_actions"` (`list[str]`) holds what may be done now, and where that is too much,
+    `"action_templates"` (`list[str]`) the forms of actions. Only the default prompt of a window shows them.
     """
 
     observation_space = Text(max_length=MAX_OBSERVATION_LENGTH, min_length=0, charset=string.printable)

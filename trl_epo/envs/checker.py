@@ -104,7 +104,8 @@ def _check_info(info: dict[str, Any]) -> list[str]:
     for key in ("success", "invalid_action"):
         if key in info and info[key] not in (True, False):
             problems.append(f"`info[{key!r}]` is {info[key]!r}, but must be a `bool`.")
-    admissible = info.get("admissible_actions")
-    if admissible is not None and not all(isinstance(action, str) for action in admissible):
-        problems.append(f"`info['admissible_actions']` is {admissible!r}, but must be a list of `str`.")
+    for key in ("admissible_actions", "action_templates"):
+        actions = info.get(key)
+        if actions is not None and not all(isinstance(action, str) for action in actions):
+            problems.append(f"`info[{key!r}]` is {actions!r}, but must be a list of `str`.")
     return problems

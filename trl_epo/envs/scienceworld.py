@@ -151,6 +151,7 @@ class ScienceWorld(TextEnv):
     A ScienceWorld environment. `task`, `variation` and `simplification` are defaults for what the `options` of `reset`,
     a row of `tasks`, leave out. Success is a score of 100. The first observation is the task's description and what is
     around; an action that fits several things is answered by a numbered list, and the next action is the number.
+    `info["action_templates"]` lists the forms of actions ("move OBJ to OBJ"), as the simulator's answer to "help" does.
 
     The same task and variation give the same episode but for what the simulator leaves open: it visits objects in no
     fixed order. A list within an observation may be in another order, bees fly elsewhere, and in a few tasks
@@ -261,6 +262,7 @@ class ScienceWorld(TextEnv):
         success = self._score == 100 and self._world.completed
         info = {"success": success, "score": self._score, "task": self._row[0], "variation": self._row[1]}
         info["invalid_action"] = False
+        info["action_templates"] = list(self._world.action_templates)
         if self.admissible_actions:
             with self._world.use() as server:
                 valid = json.loads(server.getValidActionObjectCombinationsJSON())["validActions"]
@@ -276,6 +278,7 @@ class _World:
         self.simulator = jvm.simulator_for(self)
         self.simplifications: str | None = None  # those in force for this environment; None before the first episode
         self.description = ""
+        self.action_templates: list[str] = []
         self.score = 0.0
         self.completed = False
         self.server: Any = None
@@ -294,6 +297,9 @@ class _World:
             self.simplifications = self.simulator.load(server, task, variation, simplification, expert)
             self._episode = server.agentInterface().get()
             self.description = server.getTaskDescription()
+            templates = server.getPossibleActions()
+            self.action_templates = templates.toString()[1:-1].split(", ")  # one call instead of one for each
+            self.simulator.gateway.detach(templates)
             return list(server.getGoldActionSequence())
 
     def step(self, action: str) -> str:
