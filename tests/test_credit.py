@@ -6,7 +6,7 @@ import threading
 
 import pytest
 import torch
-from conftest import Corridor
+from conftest import Corridor, make_model
 from datasets import Dataset
 from peft import LoraConfig
 from test_text_episodes import make_trainer as make_any_trainer
@@ -29,6 +29,14 @@ class Steps(Corridor):
     def step(self, action):
         observation, reward, *rest = super().step(action)
         return observation, reward + 0.1 * ("r" in action), *rest
+
+
+class Short(Steps):
+    """Some actions end it."""
+
+    def step(self, action):
+        observation, reward, terminated, *rest = super().step(action)
+        return observation, reward, terminated or len(action) % 3 == 0, *rest
 
 
 class Foretold(Corridor):
@@ -73,6 +81,22 @@ def test_micro_batches_do_not_matter(tmp_path, tokenizer, context, estimator):
     torch.testing.assert_close(weights(split), weights(whole), atol=2e-7, rtol=1e-5)
     if estimator == "gae":
         torch.testing.assert_close(critic_weights(split), critic_weights(whole), atol=2e-7, rtol=1e-5)
+
+
+# Not "bnpo", which TRL normalises by the tokens of a micro-batch, and "dapo", which is the default above
+@pytest.mark.parametrize("loss_type", ["grpo", "dr_grpo", "cispo", "sapo", "luspo", "vespo"])
+def test_micro_batches_do_not_matter_to_any_loss(tmp_path, tokenizer, loss_type):
+    """Nor that episodes have different numbers of contexts."""
+    kwargs = {"context": "window", "advantage_estimator": "turn", "factory": Short, "num_iterations": 2}
+    kwargs |= {"loss_type": loss_type, "max_completion_length": 300, "entropy_coef": 0.1, **SGD, "learning_rate": 0.1}
+    whole = make_trainer(tmp_path, tokenizer, **kwargs)
+    before, batches = weights(whole), recorded(whole)
+    whole.train()
+    assert len(set(batches[0]["context_ids"].max(dim=1).values.tolist())) > 1
+    split = make_trainer(tmp_path, tokenizer, per_device_train_batch_size=2, gradient_accumulation_steps=4, **kwargs)
+    split.train()
+    assert not torch.allclose(weights(whole), before, atol=1e-5)
+    torch.testing.assert_close(weights(split), weights(whole), atol=2e-7, rtol=1e-5)
 
 
 @pytest.mark.parametrize("loss_type", ["grpo", "bnpo", "dr_grpo", "dapo", "cispo", "sapo", "luspo", "vespo"])
@@ -380,6 +404,13 @@ class TestCritic:
         assert not any(m.p for m in other._critic.model.modules() if isinstance(m, torch.nn.Dropout))
         with pytest.raises(ValueError, match="holds an adapter, but the policy has none"):
             make_trainer(tmp_path, tokenizer, critic_model=folder, **{**kwargs, "trainer_kwargs": {}})
+
+    def test_a_model_that_cannot_be_the_critic(self, tmp_path, tokenizer):
+        with pytest.raises(ValueError, match="`critic_model` is 'no/model/here', but there is no model"):
+            make_trainer(tmp_path, tokenizer, advantage_estimator="gae", critic_model="no/model/here")
+        make_model(vocab_size=len(tokenizer) - 1).save_pretrained(tmp_path / "other")
+        with pytest.raises(ValueError, match=f"knows {len(tokenizer) - 1} tokens.*tokenizer has {len(tokenizer)}"):
+            make_trainer(tmp_path, tokenizer, advantage_estimator="gae", critic_model=str(tmp_path / "other"))
 
     def test_training_twice_and_a_given_optimizer(self, tmp_path, tokenizer):
         kwargs = {"advantage_estimator": "gae", "factory": Steps}

@@ -36,7 +36,9 @@ OWN_WEIGHTS = ("params", "model", "optimizer_dict")  # arguments of optimizers t
 MODEL_FOLDER = "model"  # below the critic's folder of a checkpoint
 
 
-def make_critic(policy: PreTrainedModel | PeftModel, critic_model: str | None) -> PreTrainedModel | PeftModel:
+def make_critic(
+    policy: PreTrainedModel | PeftModel, critic_model: str | None, vocab_size: int = 0
+) -> PreTrainedModel | PeftModel:
     """
     A model with a value head.
 
@@ -44,9 +46,11 @@ def make_critic(policy: PreTrainedModel | PeftModel, critic_model: str | None) -
         policy ([`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]): Whose architecture it has and, unless
             `critic_model` is given, whose weights; whose kind of adapters, if it has any.
         critic_model (`str`, *optional*): A model on disk or the Hub, or a folder with a critic's adapter.
+        vocab_size (`int`): Tokens that it has to know.
 
     Raises:
-        ValueError: If there is no such head for the architecture, or the policy's weights cannot be copied.
+        ValueError: If there is no such model, no such head for the architecture, or it does not know all tokens, or the
+            policy's weights cannot be copied.
     """
     language_model = policy.get_base_model() if is_peft_model(policy) else policy
     kind = language_model.config.model_type
@@ -69,11 +73,21 @@ def make_critic(policy: PreTrainedModel | PeftModel, critic_model: str | None) -
             critic = AutoModelForTokenClassification.from_pretrained(
                 critic_model, num_labels=1, dtype=language_model.dtype
             )
+    except OSError as error:
+        raise ValueError(
+            f"`critic_model` is {critic_model!r}, but there is no model in such a folder, and none of that name could be "
+            f"had from the Hub: {str(error).splitlines()[0]}"
+        ) from error
     except ValueError as error:
         raise ValueError(
             f"There is no critic for a policy of the type {kind!r}: {error} Set `critic_model` to a model of a type "
             "that transformers has a token classifier for."
         ) from error
+    if (num_known := critic.get_input_embeddings().num_embeddings) < vocab_size:
+        raise ValueError(
+            f"`critic_model` ({critic_model}) knows {num_known} tokens, but the policy's tokenizer has {vocab_size}. Both "
+            "read the same tokens: give a model with the policy's tokenizer."
+        )
     if is_peft_model(policy):
         peft_config = copy.deepcopy(policy.peft_config[policy.active_adapter])
         peft_config.task_type, peft_config.inference_mode = TaskType.TOKEN_CLS, False

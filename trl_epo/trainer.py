@@ -241,7 +241,8 @@ class EPOTrainer(SeamedGRPOTrainer):
         )
         self._context_rules.check_builder(*first_row)
         if self.args.advantage_estimator == "gae":
-            model = make_critic(self.accelerator.unwrap_model(self.model), self.args.critic_model)
+            policy = self.accelerator.unwrap_model(self.model)
+            model = make_critic(policy, self.args.critic_model, len(self._tokenizer))
             self._critic = Critic(model, self.args, self.accelerator)
             self.add_callback(TrainCritic(self._critic))
         self._credit = CreditAssigner(self.args, self.accelerator, self._critic)
