@@ -310,6 +310,28 @@ class TestConfigs:
             assert args.per_device_train_batch_size * args.gradient_accumulation_steps * num_gpus == 16 * 8
             assert args.num_generations == 8
 
+    @pytest.mark.parametrize(
+        "path", [*CONFIGS.glob("*-7b-*.yaml"), *CONFIGS.glob("*-3b-*.yaml")], ids=lambda p: p.stem
+    )
+    def test_the_papers_numbers(self, path):
+        """Its Tables 2 and 3."""
+        script, args, model_args = parse("train", ["--config", str(path)])
+        science, ppo = script.environment == "scienceworld", path.stem.endswith("ppo")
+        assert model_args.model_name_or_path == f"Qwen/Qwen2.5-{'7B' if science else '3B'}-Instruct"
+        assert args.advantage_estimator == ("gae" if ppo else "grpo")
+        assert args.learning_rate == (3e-6 if science and ppo else 5e-6)
+        assert (args.max_turns, args.max_steps) == ((30, 125) if science else (50, 150))
+        assert (args.max_turn_length, args.vllm_max_model_length) == (512, 2048 + 512)
+        assert (args.entropy_coef, args.entropy_smoothing_coef) == (0.001, 0.05 if science else 0.1)
+        corridor = (args.entropy_corridor_low, args.entropy_corridor_high)
+        assert (*corridor, args.entropy_smoothing_decay) == (0.0, 2.0, 3.0)
+        assert (args.entropy_smoothing, args.entropy_smoothing_schedule) == ("hinge", "exponential")
+        assert (args.entropy_aggregation, args.entropy_reference) == ("turn", "history")
+        assert (args.beta, args.invalid_action_penalty, args.gamma) == (0.01, 0.1, 1.0)
+        assert (args.lr_scheduler_type, args.get_warmup_steps(100)) == ("cosine_with_min_lr", 10)
+        assert (args.eval_steps, args.eval_temperature, script.eval_splits) == (5, 0.4, ["iid", "ood"])
+        assert args.context == "window"
+
     @pytest.mark.parametrize("row", ROWS_OF_THE_PAPER, ids=lambda row: row[0])
     def test_every_row_of_the_docs_is_a_command(self, row):
         _, file, flags = row

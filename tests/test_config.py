@@ -116,3 +116,12 @@ def test_config_file(tmp_path):
     path.write_text(f"output_dir: {tmp_path}\nentropy_smoothing: indicator\nentropy_coef: 0.01\n")
     (args,) = TrlParser(EPOConfig).parse_args_and_config(["--config", str(path)])
     assert (args.entropy_smoothing, args.entropy_coef) == ("indicator", 0.01)
+
+
+def test_a_cap_that_climbs_with_what_it_caps_is_pointed_out(tmp_path, caplog):
+    corridor = {"entropy_coef": 0.0, "entropy_corridor_coef": 0.1, "entropy_corridor_high": 1.01}
+    config(tmp_path, **{**corridor, "entropy_corridor_high": 1.0})
+    config(tmp_path, **corridor, entropy_reference="linear")
+    assert "above 1" not in caplog.text
+    config(tmp_path, **corridor)
+    assert "`entropy_corridor_high=1.01` is above 1" in caplog.text

@@ -441,6 +441,12 @@ class EPOConfig(GRPOConfig):
                 "`entropy_reference='turn_history'` has no value for a whole batch, which `entropy_corridor_coef="
                 f"{self.entropy_corridor_coef}` needs. Use 'history' or 'linear', or `entropy_corridor_coef=0.0`."
             )
+        if self.entropy_corridor_coef and self.entropy_reference == "history" and self.entropy_corridor_high > 1:
+            logger.warning_once(
+                f"`entropy_corridor_high={self.entropy_corridor_high}` is above 1: entropy that climbs takes the mean of the "
+                "past, and with it the cap, along. With `entropy_corridor_coef` set it to at most 1.0, or set "
+                "`entropy_reference='linear'`."
+            )
         if self.entropy_smoothing != "none" and self.entropy_smoothing_coef >= 0.5:
             logger.warning_once(
                 f"`entropy_smoothing_coef={self.entropy_smoothing_coef}` is outside the paper's α < 0.5 (Appendix "
