@@ -14,6 +14,7 @@ from torch import Tensor
 
 
 STD_OFFSET = 1e-4  # added to a standard deviation before dividing by it, as in TRL
+FLOAT32_ROUNDING = 2.0**-22  # relative, of a sum of a few numbers
 
 
 def flat_groups(rewards: Sequence[float], group_size: int) -> list[bool]:
@@ -35,12 +36,17 @@ def turn_rewards(rewards: Sequence[float], total: float) -> list[float]:
     """
     The reward of each turn of an episode whose reward is `total`: what the turns earned, and the rest at the last one.
 
+    A rest that is only the rounding of `total` to float32 is none: it would tell turns apart whose returns are equal.
+
     >>> turn_rewards([0.0, 0.5], total=1.0)
     [0.0, 1.0]
     """
     if not rewards:
         return []
-    return [*rewards[:-1], rewards[-1] + total - math.fsum(rewards)]
+    rest = total - math.fsum(rewards)
+    if abs(rest) <= FLOAT32_ROUNDING * max(abs(total), *map(abs, rewards)):
+        rest = 0.0
+    return [*rewards[:-1], rewards[-1] + rest]
 
 
 def discounted_returns(rewards: Sequence[float], gamma: float) -> list[float]:
