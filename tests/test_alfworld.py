@@ -184,6 +184,22 @@ def test_expert_solves_generated_games(generated):
 
 
 @needs_alfworld
+def test_a_problem_of_ones_own(tmp_path):
+    """As the docs say: a file with these three parts is a game."""
+    parts = make_game("pick_and_place_simple", seed=0)
+    take = next(action for action in parts["walkthrough"] if action.startswith("take"))
+    problem, _ = parts["pddl_problem"].split("(:goal")
+    problem += "(:goal (exists (?o - object ?a - agent) (holds ?a ?o)))\n(:metric minimize (total-cost)))\n"
+    game = tmp_path / "mine.tw-pddl"
+    names = ("pddl_domain", "grammar")
+    game.write_text(json.dumps({name: parts[name] for name in names} | {"pddl_problem": problem}))
+    env = LocalAlfWorld(game)
+    env.reset()
+    *_, last = play(env, parts["walkthrough"][: parts["walkthrough"].index(take) + 1])
+    assert (last[1], last[2], last[4]["success"]) == (1.0, True, True)
+
+
+@needs_alfworld
 def test_expert_succeeds(env, rows):
     for row in rows:
         observation, info = env.reset(options=row)
