@@ -405,6 +405,17 @@ class TestCritic:
         with pytest.raises(ValueError, match="holds an adapter, but the policy has none"):
             make_trainer(tmp_path, tokenizer, critic_model=folder, **{**kwargs, "trainer_kwargs": {}})
 
+    @pytest.mark.parametrize("lora", [False, True])
+    def test_a_model_without_a_value_head_says_0(self, tmp_path, tokenizer, lora):
+        make_model(seed=1).save_pretrained(tmp_path / "other")
+        peft = {"peft_config": LoraConfig(r=2, target_modules=["q_proj"])} if lora else {}
+        critic = make_trainer(
+            tmp_path, tokenizer, advantage_estimator="gae", critic_model=str(tmp_path / "other"), trainer_kwargs=peft
+        )._critic.model
+        assert not critic(input_ids=torch.randint(3, 300, (2, 9))).logits.any()
+        embeddings = make_model(seed=1).get_input_embeddings().weight
+        assert torch.equal(critic.get_input_embeddings().weight, embeddings)
+
     def test_a_model_that_cannot_be_the_critic(self, tmp_path, tokenizer):
         with pytest.raises(ValueError, match="`critic_model` is 'no/model/here', but there is no model"):
             make_trainer(tmp_path, tokenizer, advantage_estimator="gae", critic_model="no/model/here")

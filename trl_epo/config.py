@@ -141,9 +141,9 @@ class EPOConfig(GRPOConfig):
         gigpo_step_coef (`float`, *optional*, defaults to `1.0`):
             ω, the weight of GiGPO's turn-level advantage.
         critic_model (`str`, *optional*):
-            The critic of `"gae"`: a model on disk or the Hub, with or without a value head, that has the policy's
-            tokenizer. `None`: the policy's weights at the start, with a new value head that says 0; for a policy with
-            adapters, with adapters of the same kind.
+            The critic of `"gae"`: a model on disk or the Hub that has the policy's tokenizer. `None`: the policy's weights
+            at the start; for a policy with adapters, with adapters of the same kind. A model without a value head gets one
+            that says 0.
         critic_learning_rate (`float`, *optional*, defaults to `1e-5`):
             Learning rate of the critic; follows the policy's schedule. Its weights do not decay.
         critic_warmup_steps (`int`, *optional*, defaults to `0`):

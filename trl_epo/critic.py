@@ -65,14 +65,12 @@ def make_critic(
         if copies_policy:
             config = copy.deepcopy(language_model.config)
             config.num_labels = 1
-            critic = AutoModelForTokenClassification.from_config(config, dtype=language_model.dtype)
-            with torch.no_grad(), gathered_weights(value_head(critic)):
-                for weight in value_head(critic).parameters():
-                    weight.zero_()
+            critic, has_head = AutoModelForTokenClassification.from_config(config, dtype=language_model.dtype), False
         else:
-            critic = AutoModelForTokenClassification.from_pretrained(
-                critic_model, num_labels=1, dtype=language_model.dtype
+            critic, loading = AutoModelForTokenClassification.from_pretrained(
+                critic_model, num_labels=1, dtype=language_model.dtype, output_loading_info=True
             )
+            has_head = not any(is_of_head(name) for name in loading["missing_keys"])
     except OSError as error:
         raise ValueError(
             f"`critic_model` is {critic_model!r}, but there is no model in such a folder, and none of that name could be "
@@ -83,7 +81,11 @@ def make_critic(
             f"There is no critic for a policy of the type {kind!r}: {error} Set `critic_model` to a model of a type "
             "that transformers has a token classifier for."
         ) from error
-    if (num_known := critic.get_input_embeddings().num_embeddings) < vocab_size:
+    if not has_head:
+        with torch.no_grad(), gathered_weights(value_head(critic)):
+            for weight in value_head(critic).parameters():
+                weight.zero_()
+    if not copies_policy and (num_known := critic.get_input_embeddings().num_embeddings) < vocab_size:
         raise ValueError(
             f"`critic_model` ({critic_model}) knows {num_known} tokens, but the policy's tokenizer has {vocab_size}. Both "
             "read the same tokens: give a model with the policy's tokenizer."
@@ -95,7 +97,7 @@ def make_critic(
     if copies_policy:
         with gathered_weights(policy, critic):
             missing = critic.load_state_dict(policy.state_dict(), strict=False).missing_keys
-        if not_copied := [name for name in missing if not {"score", "classifier"} & set(name.split("."))]:
+        if not_copied := [name for name in missing if not is_of_head(name)]:
             raise ValueError(
                 f"The policy has no weights named {not_copied[:3]} for its critic (is it quantized?). Set "
                 "`critic_model`."
@@ -105,6 +107,11 @@ def make_critic(
             load_adapter(critic, adapter)
     disable_dropout_in_model(critic)
     return critic
+
+
+def is_of_head(name: str) -> bool:
+    """Whether a weight of this name is the value head's."""
+    return not {"score", "classifier"}.isdisjoint(name.split("."))
 
 
 def value_head(critic: nn.Module) -> nn.Linear:
