@@ -46,7 +46,7 @@ def make_critic(
         policy ([`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]): Whose architecture it has and, unless
             `critic_model` is given, whose weights; whose kind of adapters, if it has any.
         critic_model (`str`, *optional*): A model on disk or the Hub, or a folder with a critic's adapter.
-        vocab_size (`int`): Tokens that it has to know.
+        vocab_size (`int`): Tokens of the tokenizer.
 
     Raises:
         ValueError: If there is no such model, no such head for the architecture, or it does not know all tokens, or the
@@ -85,7 +85,8 @@ def make_critic(
         with torch.no_grad(), gathered_weights(value_head(critic)):
             for weight in value_head(critic).parameters():
                 weight.zero_()
-    if not copies_policy and (num_known := critic.get_input_embeddings().num_embeddings) < vocab_size:
+    num_known, of_policy = (model.get_input_embeddings().num_embeddings for model in (critic, language_model))
+    if num_known < min(vocab_size, of_policy):  # which may be padded, one more than the other
         raise ValueError(
             f"`critic_model` ({critic_model}) knows {num_known} tokens, but the policy's tokenizer has {vocab_size}. Both "
             "read the same tokens: give a model with the policy's tokenizer."
