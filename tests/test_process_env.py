@@ -80,6 +80,13 @@ def test_a_killed_process_costs_its_episode(env):
     assert env.reset(seed=0)[0].startswith("You are at")
 
 
+def test_a_schedulers_sigterm_to_every_process_is_not_for_it(env):
+    env.reset(seed=0)
+    pid = env.step("l")[-1]["pid"]
+    os.kill(pid, signal.SIGTERM)
+    assert env.step("l")[-1]["pid"] == pid
+
+
 def test_one_that_is_given_up_before_it_has_started():
     worker = EnvironmentWorker(lambda: ProcessEnv(lambda: threading.Event().wait()))
     worker.reset(0, {})

@@ -116,11 +116,17 @@ def _begin_process(parent: int, memory_limit: int | None) -> None:
     if sys.platform == "linux":  # at once, and also if it is stopped
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     threading.Thread(target=_end_with, args=(parent,), name="ends-with-parent", daemon=True).start()
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal's Ctrl-C is for the parent, who decides what ends
+    # A terminal's Ctrl-C, and a scheduler's signal to every process, is for the parent, who decides what ends.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, _do_nothing)  # what the environment itself starts does not inherit that
     if memory_limit is not None:
         import resource
 
         resource.setrlimit(resource.RLIMIT_DATA, (memory_limit, resource.getrlimit(resource.RLIMIT_DATA)[1]))
+
+
+def _do_nothing(number: int, frame: Any) -> None:
+    pass
 
 
 def _end_with(parent: int) -> None:
