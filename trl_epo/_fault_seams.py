@@ -161,7 +161,7 @@ class FaultTolerantGRPOTrainer(GRPOTrainer):
     def train(self, resume_from_checkpoint: str | bool | None = None, *args, **kwargs):
         checkpoint = checkpoint_to_resume(resume_from_checkpoint, self.args.output_dir)
         self._nonfinite = NonfiniteSteps()
-        self._must_save, self._saved_step = False, -1
+        self._must_save, self._saved_step, self._former_best = False, -1, {}
         # What an earlier run of this trainer has left
         self._step, self._buffered_inputs, self._losses_to_log = 0, None, None
         self._metrics["train"].clear()
@@ -277,7 +277,7 @@ class FaultTolerantGRPOTrainer(GRPOTrainer):
         folder = Path(self._get_output_dir(trial), f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}")
         best = {name: getattr(self.state, name) for name in BEST}
         if best["best_global_step"] == self.state.global_step:
-            best = self._former_best
+            best |= self._former_best
         self._save_error, self._saving = None, True
         try:
             with self._noting_errors():

@@ -472,8 +472,8 @@ class EPOTrainer(SeamedGRPOTrainer):
                 json.dump(self.entropy_history.state_dict(), file)
 
     def may_be_best(self, metrics: dict[str, float]) -> bool:
-        name = self.args.metric_for_best_model or ""
-        share = failed_share(metrics, f"eval_{name.removeprefix('eval_')}")
+        name = self.args.metric_for_best_model
+        share = failed_share(metrics, f"eval_{name.removeprefix('eval_')}") if name else 0.0
         if share < 1.0 and share <= self.args.max_failed_fraction:
             return True
         logger.warning(
