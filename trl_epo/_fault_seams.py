@@ -94,8 +94,6 @@ GEOMETRY = (
     "num_iterations",
     "num_generations",
 )
-
-
 # What Trainer knows of the best checkpoint.
 BEST = ("best_metric", "best_global_step", "best_model_checkpoint")
 # What saves sharded weights: the processes gather them together, then some of them write.
