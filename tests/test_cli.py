@@ -53,6 +53,15 @@ class Door(TextEnv):
 
 def doors(split, rows=5):
     return Dataset.from_dict({"number": list(range(rows))})
+
+class Shop(Door):
+    def reset(self, *, seed=None, options=None):
+        if options["closed"]:
+            raise OSError("closed")
+        return super().reset(seed=seed)
+
+def shops(split):
+    return Dataset.from_dict({"closed": [False, split == "ood"]})
 """
 
 
@@ -138,6 +147,7 @@ class TestParsing:
         results = {"iid": cli.panel_results(metrics, "iid"), "ood": {"count": 4, "stop/failure": 0.0}}
         assert "iid: 3 of 10 episodes failed" in cli.table(results).splitlines()[-1]
         assert "failed" not in cli.table({"ood": results["ood"]})
+        assert cli.table({"ood": {"count": 4, "stop/failure": 1.0}}).splitlines()[1].split() == ["ood", "4", *"----"]
 
 
 class TestRows:
@@ -240,6 +250,21 @@ class TestCommands:
         assert done.returncode == 0, done.stderr[-3000:]
         panels = json.loads((tmp_path / "run" / "evaluation.json").read_text())["panels"]
         assert panels["iid"]["count"] == 20  # 5 rows, as many episodes each as in training
+
+    def test_too_many_episodes_that_fail(self, tmp_path, model_folder, monkeypatch, capsys):
+        monkeypatch.syspath_prepend(tmp_path)
+        (tmp_path / "shops_of_mine.py").write_text(OWN)
+        flags = (
+            *("--environment", "shops_of_mine:Shop", "--tasks", "shops_of_mine:shops", "--output_dir", str(tmp_path)),
+            *("--model_name_or_path", model_folder, "--max_turns", "1", "--max_turn_length", "4", "--bf16", "false"),
+        )
+        cli.main(["evaluate", *flags])  # half of them, as many as may
+        with pytest.raises(SystemExit, match="more episodes of ood failed .*failures.jsonl") as stop:
+            cli.main(["evaluate", *flags, "--max_failed_fraction", "0.4"])
+        assert stop.value.code != 0
+        assert "ood: 8 of 16 episodes failed" in capsys.readouterr().out
+        panels = json.loads((tmp_path / "evaluation.json").read_text())["panels"]
+        assert [panels[name]["stop/failure"] for name in ("iid", "ood")] == [0.0, 0.5]
 
     @pytest.mark.parametrize(
         ("flags", "message"),

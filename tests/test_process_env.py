@@ -2,12 +2,15 @@
 
 import os
 import signal
+import threading
 
 import psutil
 import pytest
 from conftest import Corridor
 
 from trl_epo import check_env
+from trl_epo.environment_pool import EnvironmentWorker
+from trl_epo.envs.base import EnvironmentDied
 from trl_epo.envs.household import Household
 from trl_epo.envs.process import ProcessEnv
 
@@ -75,6 +78,28 @@ def test_a_killed_process_costs_its_episode(env):
     with pytest.raises(RuntimeError, match="call env.reset"):
         env.step("r")
     assert env.reset(seed=0)[0].startswith("You are at")
+
+
+def test_a_schedulers_sigterm_to_every_process_is_not_for_it(env):
+    env.reset(seed=0)
+    pid = env.step("l")[-1]["pid"]
+    os.kill(pid, signal.SIGTERM)
+    assert env.step("l")[-1]["pid"] == pid
+
+
+def test_one_that_is_given_up_before_it_has_started():
+    worker = EnvironmentWorker(lambda: ProcessEnv(lambda: threading.Event().wait()))
+    worker.reset(0, {})
+    worker.close()  # there is no process to kill yet
+    worker.join(30)
+    assert not worker.is_alive
+
+
+def test_one_that_is_interrupted_before_it_has_started(env):
+    env.interrupt()
+    with pytest.raises(EnvironmentDied):
+        env.reset(seed=0)
+    assert env.reset(seed=0)
 
 
 def test_an_exception_is_the_environments_own():

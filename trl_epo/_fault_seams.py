@@ -6,7 +6,7 @@ The private names of TRL, and of transformers' Trainer below it, that faults, ch
 """
 
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
 from shutil import rmtree
 from types import ModuleType
@@ -16,6 +16,7 @@ import torch
 import transformers.trainer
 from accelerate.utils import DistributedType
 from torch.distributed import DistError
+from torch.distributed.checkpoint import CheckpointException
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import logging
 from trl import GRPOTrainer
@@ -69,6 +70,7 @@ SIGNATURES = {
     "_save_checkpoint": ("self", "model", "trial"),
     "save_model": ("self", "output_dir", "_internal_call"),
     "create_model_card": ("self", "model_name", "dataset_name", "tags"),
+    "_determine_best_metric": ("self", "metrics", "trial"),
     "_load_best_model": ("self",),
     "_load_optimizer_and_scheduler": ("self", "checkpoint"),
 }
@@ -92,6 +94,10 @@ GEOMETRY = (
     "num_iterations",
     "num_generations",
 )
+# What Trainer knows of the best checkpoint.
+BEST = ("best_metric", "best_global_step", "best_model_checkpoint")
+# What saves sharded weights: the processes gather them together, then some of them write.
+SHARDED_SAVES = ("save_fsdp_model", "save_fsdp_optimizer")
 
 
 @contextmanager
@@ -118,6 +124,7 @@ class FaultTolerantGRPOTrainer(GRPOTrainer):
         self._saving = False
         self._save_error: Exception | None = None
         self._saved_step = -1
+        self._former_best: dict[str, Any] = {}  # before this step's evaluation
         self._losses_to_log: dict[str, Any] | None = None  # of a resumed run, until Trainer has begun its loop
         super().__init__(*args, **kwargs)
         let_gloo_finish()
@@ -132,6 +139,10 @@ class FaultTolerantGRPOTrainer(GRPOTrainer):
 
     def load_extras(self, checkpoint: str) -> None:
         """Called with the folder of the checkpoint that training resumes from, on every process."""
+
+    def may_be_best(self, metrics: dict[str, float]) -> bool:
+        """Whether an evaluation with these metrics may make its checkpoint the best one."""
+        return True
 
     def load_best_extras(self, checkpoint: str) -> None:
         """Called with the folder of the best checkpoint, when the model was loaded from it at the end of training."""
@@ -148,7 +159,7 @@ class FaultTolerantGRPOTrainer(GRPOTrainer):
     def train(self, resume_from_checkpoint: str | bool | None = None, *args, **kwargs):
         checkpoint = checkpoint_to_resume(resume_from_checkpoint, self.args.output_dir)
         self._nonfinite = NonfiniteSteps()
-        self._must_save, self._saved_step = False, -1
+        self._must_save, self._saved_step, self._former_best = False, -1, {}
         # What an earlier run of this trainer has left
         self._step, self._buffered_inputs, self._losses_to_log = 0, None, None
         self._metrics["train"].clear()
@@ -257,22 +268,24 @@ class FaultTolerantGRPOTrainer(GRPOTrainer):
             yield
         except DistError:
             raise
-        except Exception as error:
+        except (Exception, CheckpointException) as error:  # the latter, of sharded files, is no `Exception`
             self._save_error = self._save_error or error
 
     def _save_checkpoint(self, model, trial):
         folder = Path(self._get_output_dir(trial), f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}")
-        best = self.state.best_model_checkpoint
+        best = {name: getattr(self.state, name) for name in BEST}
+        if best["best_global_step"] == self.state.global_step:
+            best |= self._former_best
         self._save_error, self._saving = None, True
         try:
             with self._noting_errors():
                 if self.args.should_save:
                     begin_checkpoint(folder)
-            # Trainer deletes no older checkpoint in here: the new one is not whole yet.
-            with self._noting_errors(), replaced(transformers.trainer, "rotate_checkpoints", lambda **kwargs: None):
+            with self._noting_errors(), self._prudent_trainer():
                 super()._save_checkpoint(model, trial)
             with self._noting_errors():
                 self._save_run_state(folder)
+            with self._noting_errors():
                 self.save_extras(str(folder))
             failed = self._any_process(self._save_error is not None)  # from here on all have written
             if not failed:
@@ -283,12 +296,26 @@ class FaultTolerantGRPOTrainer(GRPOTrainer):
         finally:
             self._saving = False
         if failed:
-            self.state.best_model_checkpoint = best
+            for name, value in best.items():
+                setattr(self.state, name, value)
             self._give_up_checkpoint(folder)
         else:
             self._saved_step = self.state.global_step
             if self.args.should_save:
                 rotate(folder, self.args.save_total_limit, self.state.best_model_checkpoint)
+
+    @contextmanager
+    def _prudent_trainer(self) -> Iterator[None]:
+        """
+        While Trainer saves: it deletes no older checkpoint, as the new one is not whole yet, and a process that cannot write
+        one sharded part comes along to the gathering of the next.
+        """
+        with ExitStack() as stack:
+            stack.enter_context(replaced(transformers.trainer, "rotate_checkpoints", lambda **kwargs: None))
+            for name in SHARDED_SAVES:
+                save = self._noting_errors()(getattr(transformers.trainer, name))
+                stack.enter_context(replaced(transformers.trainer, name, save))
+            yield
 
     def save_last_checkpoint(self) -> Path:
         """
@@ -321,6 +348,10 @@ class FaultTolerantGRPOTrainer(GRPOTrainer):
             super().create_model_card(model_name, dataset_name, tags)
             if self.is_world_process_zero():
                 self.extend_model_card(Path(self.args.output_dir) / "README.md")
+
+    def _determine_best_metric(self, metrics, trial):
+        self._former_best = {name: getattr(self.state, name) for name in BEST}
+        return self.may_be_best(metrics) and super()._determine_best_metric(metrics, trial)
 
     def _load_best_model(self):
         super()._load_best_model()

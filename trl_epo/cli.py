@@ -27,7 +27,8 @@ from trl import ModelConfig, TrlParser, get_peft_config, get_quantization_config
 
 from .checkpoints import last_whole_checkpoint
 from .config import EPOConfig
-from .trainer import EPOTrainer
+from .evaluation import failed_share
+from .trainer import FAILURES_FILE, EPOTrainer
 
 
 class UsageError(ValueError):
@@ -261,7 +262,12 @@ def train(script: ScriptArguments, args: EPOConfig, model_args: ModelConfig) -> 
 
 
 def evaluate(script: ScriptArguments, args: EPOConfig, model_args: ModelConfig) -> None:
-    """Play the panels, print a table of them and write it as JSON."""
+    """
+    Play the panels, print a table of them and write it as JSON.
+
+    Raises:
+        SystemExit: In the end, if more than `max_failed_fraction` of a panel's episodes failed.
+    """
     path = _writable(Path(script.results or Path(args.output_dir, "evaluation.json")))
     panels = script.panels()
     args.beta, args.advantage_estimator = 0.0, "grpo"  # neither a reference model nor a critic
@@ -280,6 +286,12 @@ def evaluate(script: ScriptArguments, args: EPOConfig, model_args: ModelConfig) 
         print(table(results["panels"]))
         print(f"\nAll figures: {path}")
     trainer.accelerator.end_training()
+    failed = {name: failed_share(metrics, f"eval_{name}_") for name in panels}
+    if too_many := [name for name, share in failed.items() if share > args.max_failed_fraction]:
+        sys.exit(
+            f"trl-epo evaluate: more episodes of {', '.join(too_many)} failed than `max_failed_fraction="
+            f"{args.max_failed_fraction}` allows; why is in {Path(args.output_dir, FAILURES_FILE)}."
+        )
 
 
 def panel_results(metrics: dict[str, float], panel: str) -> dict[str, float]:
@@ -311,7 +323,7 @@ def table(panels: dict[str, dict[str, float]]) -> str:
         )
         lines.append(
             f"{panel:<{width}}  {results.get('count', 0):>8}  {_percent(results, 'success_rate'):>7}  {interval:>11}"
-            f"  {results.get('return', float('nan')):>6.2f}  {results.get('turns', float('nan')):>5.1f}"
+            f"  {_number(results, 'return', 2):>6}  {_number(results, 'turns', 1):>5}"
             + "".join(f"  {_percent(results, name):>8}" for name in passes)
         )
         for name in results:
@@ -347,6 +359,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def _k(name: str) -> int:
     return int(name.removeprefix("pass@"))
+
+
+def _number(results: dict[str, float], name: str, digits: int) -> str:
+    return f"{results[name]:.{digits}f}" if name in results else "-"
 
 
 def _percent(results: dict[str, float], name: str) -> str:

@@ -102,14 +102,15 @@ class EPOConfig(GRPOConfig):
             `max_turns` times as long as the slowest answer. TRL's 1800 seconds would be a minute for each of 30 turns.
         env_timeout (`float`, *optional*, defaults to `300.0`):
             How long an environment may take for one answer, to `reset` or `step`, in seconds; `float("inf")` for any time.
-            One that takes longer has failed.
+            One that takes longer has failed. The time for the first answer holds the start of the environment.
         env_max_retries (`int`, *optional*, defaults to `1`):
             How often a text episode whose environment fails (raises, dies, gives no answer or one that breaks the
             contract) is played again from its start, with a new environment. If it fails each time it is left out of
             loss and baseline.
         max_failed_fraction (`float`, *optional*, defaults to `0.5`):
             Training stops, with a checkpoint and an error, when a larger share of a generation batch's episodes (over
-            all processes) has failed in the end. `1.0`: never.
+            all processes) has failed in the end. `1.0`: never. An evaluation goes on, but does not make its checkpoint the
+            best one.
         max_observation_length (`int`, *optional*, defaults to `100_000`):
             Longest observation, in characters. Of a longer one the model sees the beginning and the end, and between
             them how many characters are left out (`episode/cut_observations` counts these). The same bound holds for

@@ -240,9 +240,11 @@ class Critic:
         training needs into `folder`. To be called on all processes.
         """
         writes = self.args.should_save
-        save_model(self.accelerator, self.model, os.path.join(folder, MODEL_FOLDER), writes)
-        if not self.args.save_only_model:
-            save_training(self.accelerator, self.model, self.optimizer, self.schedule, folder, writes)
+        try:
+            save_model(self.accelerator, self.model, os.path.join(folder, MODEL_FOLDER), writes)
+        finally:  # the processes gather the rest together, also with one that has no room for the model
+            if not self.args.save_only_model:
+                save_training(self.accelerator, self.model, self.optimizer, self.schedule, folder, writes)
 
     def load(self, folder: str) -> None:
         """Go on from what [`save`] wrote; without any, say so and go on. To be called on all processes."""

@@ -38,15 +38,21 @@ class EnvironmentWorker:
         # This queue may be written to at any time, even by the garbage collector.
         self._tasks: SimpleQueue[tuple[Callable, Future] | None] = SimpleQueue()
         self._made: list[gymnasium.Env] = []  # the environment, from when it is made
+        self._given_up = threading.Event()
+        self._num_calls = 0
         self._last_answer: Future | None = None
         # A daemon: an environment that hangs does not keep the process from ending.
         self._thread = threading.Thread(
-            target=_work, args=(factory, self._tasks, self._made), name="environment", daemon=True
+            target=_work,
+            args=(factory, self._tasks, self._made, self._given_up),
+            name="environment",
+            daemon=True,
         )
         self._thread.start()
 
     def call(self, function: Callable[[gymnasium.Env], Any]) -> Future:
         """`function(environment)` on the environment's thread."""
+        self._num_calls += 1
         future = self._last_answer = Future()
         self._tasks.put((function, future))
         return future
@@ -65,6 +71,7 @@ class EnvironmentWorker:
         environment has a method `interrupt`, else it is let run. An error in either is logged.
         """
         if self._last_answer is not None and not self._last_answer.done():
+            self._given_up.set()
             for env in self._made:
                 try:
                     getattr(env.unwrapped, "interrupt", lambda: None)()
@@ -78,6 +85,11 @@ class EnvironmentWorker:
         return type(self._made[0]).__name__ if self._made else "(not made yet)"
 
     @property
+    def is_starting(self) -> bool:
+        """Whether its environment is made for the last call, if that has no answer yet."""
+        return self._num_calls == 1
+
+    @property
     def is_alive(self) -> bool:
         """Whether it is still to be closed."""
         return self._thread.is_alive()
@@ -87,12 +99,16 @@ class EnvironmentWorker:
         self._thread.join(timeout)
 
 
-def _work(factory: EnvironmentFactory, tasks: SimpleQueue, made: list[gymnasium.Env]) -> None:
+def _work(
+    factory: EnvironmentFactory, tasks: SimpleQueue, made: list[gymnasium.Env], given_up: threading.Event
+) -> None:
     while (task := tasks.get()) is not None:
         function, future = task
         try:
             if not made:
                 made.append(factory())
+            if given_up.is_set():  # before there was anything to interrupt
+                raise RuntimeError("Nobody waits for the answer.")
             answer = function(made[0])
         except BaseException as error:  # an environment that calls `sys.exit` fails like any other
             future.set_exception(
@@ -145,10 +161,13 @@ class EnvironmentPool:
             raise self.no_answer()
         return answer.result()
 
-    def no_answer(self) -> EnvironmentTimeout:
-        """The error for an answer that does not come."""
+    def no_answer(self, is_starting: bool = False) -> EnvironmentTimeout:
+        """The error for an answer that does not come; `is_starting`: from an environment that had to be made for it."""
+        remedy = "If it is only slow, raise that."
+        if is_starting:
+            remedy = "It had to start in this time, beside others. If that is slow, raise it or lower `max_concurrent_episodes`."
         return EnvironmentTimeout(
-            f"The environment gave no answer in {self.timeout:g} seconds (`env_timeout`). If it is only slow, raise that."
+            f"The environment gave no answer in {self.timeout:g} seconds (`env_timeout`). {remedy}"
         )
 
     def give_back(self, name: str | None, worker: EnvironmentWorker) -> None:

@@ -137,6 +137,20 @@ def evaluation_metrics(summaries: Sequence[EpisodeSummary]) -> dict[str, float]:
     return metrics
 
 
+def failed_share(metrics: dict[str, float], name: str) -> float:
+    """
+    Which share of the episodes failed in the evaluation that a metric is of, by the metrics of all panels; 0 if there are
+    no episodes.
+
+    >>> failed_share({"eval_iid_episode/stop/failure": 0.25, "eval_ood_episode/stop/failure": 1.0}, "eval_iid_reward")
+    0.25
+    """
+    ending = "episode/stop/failure"
+    shares = {key.removesuffix(ending): share for key, share in metrics.items() if key.endswith(ending)}
+    panel = max((prefix for prefix in shares if name.startswith(prefix)), key=len, default=None)
+    return shares.get(panel, 0.0)
+
+
 def success_curve(log_history: Iterable[dict[str, Any]], panel: str | None = None) -> list[tuple[int, float]]:
     """
     The evaluations of a run: (optimizer step, success rate), by step; of several at one step the last.

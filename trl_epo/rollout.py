@@ -162,9 +162,10 @@ class _Playing:
 
     def give_up_waiting(self, pool: EnvironmentPool) -> Future:
         """The environment has not answered in time: let go of it."""
+        error = pool.no_answer(self.worker.is_starting)
         pool.discard(self.worker)
         self.worker = None
-        return _failed(pool.no_answer())
+        return _failed(error)
 
     def take_answer(self, answer: Future, rules: ContextRules, limits: Limits) -> None:
         """Note what the environment answered, and prepare the next turn or stop."""
@@ -189,7 +190,7 @@ class _Playing:
         """Whether a failed episode gets another try."""
         last = self.failures[-1]
         retry = last.kind.may_pass and len(self.failures) <= limits.max_retries
-        logger.warning("An episode failed and is %s: %s", "played again" if retry else "left out of training", last)
+        logger.warning("An episode failed and is %s: %s", "played again" if retry else "left out", last)
         return retry
 
     def again(self) -> "_Playing":

@@ -32,7 +32,7 @@ from .critic import Critic, TrainCritic, make_critic
 from .entropy_term import EntropyTerm, Moment
 from .environment_pool import make_environment_pool
 from .episode import Episode, StopReason, episode_row
-from .evaluation import evaluation_metrics
+from .evaluation import evaluation_metrics, failed_share
 from .failures import FailureLog
 from .generation import TurnSampler
 from .history import EntropyHistory
@@ -466,11 +466,22 @@ class EPOTrainer(SeamedGRPOTrainer):
             self._failures.counts["train"] = Counter(figures["failures"])
 
     def save_extras(self, checkpoint: str) -> None:
+        if self._critic is not None:  # first, since all processes save it together
+            self._critic.save(os.path.join(checkpoint, CRITIC_FOLDER))
         if self.args.should_save:
             with open(os.path.join(checkpoint, HISTORY_FILE), "w") as file:
                 json.dump(self.entropy_history.state_dict(), file)
-        if self._critic is not None:
-            self._critic.save(os.path.join(checkpoint, CRITIC_FOLDER))
+
+    def may_be_best(self, metrics: dict[str, float]) -> bool:
+        name = self.args.metric_for_best_model
+        share = failed_share(metrics, f"eval_{name.removeprefix('eval_')}") if name else 0.0
+        if share < 1.0 and share <= self.args.max_failed_fraction:
+            return True
+        logger.warning(
+            f"{share:.0%} of the evaluation's episodes failed, more than `max_failed_fraction={self.args.max_failed_fraction}` "
+            "allows, or all: what it says does not make this checkpoint the best one."
+        )
+        return False
 
     def load_best_extras(self, checkpoint: str) -> None:
         if self._critic is not None:

@@ -47,13 +47,15 @@ class Poisoned(EPOTrainer):
         return loss + math.inf if first and self.state.global_step in self.poisoned_steps else loss
 
 
-def make_trainer(folder: Path, *callbacks, dataset=None, trainer_class=EPOTrainer, **kwargs) -> EPOTrainer:
+def make_trainer(
+    folder: Path, *callbacks, dataset=None, trainer_class=EPOTrainer, factory=Corridor, **kwargs
+) -> EPOTrainer:
     return trainer_class(
         make_model(),
         args=EPOConfig(str(folder), **{**SETTINGS, **kwargs}),
         eval_dataset=dataset,
         processing_class=make_tokenizer(),
-        environment_factory=Corridor,
+        environment_factory=factory,
         callbacks=list(callbacks),
     )
 
@@ -81,6 +83,11 @@ class When(TrainerCallback):
                 act()
 
         setattr(self, event, happen)
+
+
+def limit_files(size: int = resource.RLIM_INFINITY) -> None:
+    """No file of this process can be larger, as if the disk were full."""
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, resource.RLIM_INFINITY))
 
 
 class Steps(TrainerCallback):
@@ -195,11 +202,10 @@ def kills(folder: Path) -> None:
 
 def full_disk(folder: Path) -> None:
     """Two of a run's checkpoints, the last one included, cannot be written: there is no room for large files."""
-    limit = lambda size: resource.setrlimit(resource.RLIMIT_FSIZE, (size, resource.RLIM_INFINITY))  # noqa: E731
     trainer = make_trainer(
         folder / "run",
-        *(When("on_step_end", step, lambda: limit(10_000)) for step in (3, 7)),
-        When("on_step_begin", 3, lambda: limit(resource.RLIM_INFINITY)),
+        *(When("on_step_end", step, lambda: limit_files(10_000)) for step in (3, 7)),
+        When("on_step_begin", 3, limit_files),
         save_strategy="steps",
         save_steps=1,
         save_total_limit=1,
@@ -207,7 +213,7 @@ def full_disk(folder: Path) -> None:
     try:
         trainer.train()
     except Exception as error:
-        limit(resource.RLIM_INFINITY)
+        limit_files()
         say(json.dumps([type(error).__name__, str(error), trainer.state.global_step]))
 
 

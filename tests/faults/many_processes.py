@@ -15,9 +15,11 @@ from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType
 from conftest import make_model, make_tokenizer
 from datasets import Dataset
+from faulty_runs import When, limit_files
 from peft import LoraConfig
 
 from trl_epo import EPOConfig, EPOTrainer
+from trl_epo.checkpoints import CheckpointError
 from trl_epo.envs import TextEnv
 from trl_epo.rollout import parse_action
 
@@ -129,10 +131,14 @@ def make_trainer(folder: str, case: dict) -> PlacedTrainer:
         peft_config=LoraConfig(r=2, target_modules=["q_proj", "v_proj"]) if case.get("lora") else None,
     )
     trainer.case = case
+    if trainer.is_world_process_zero():
+        for step in case.get("no_room", ()):
+            trainer.add_callback(When("on_step_end", step, lambda: limit_files(10_000)))
+            trainer.add_callback(When("on_step_begin", step, limit_files))
     return trainer
 
 
-def outcome(trainer: PlacedTrainer, folder: Path) -> None:
+def outcome(trainer: PlacedTrainer, folder: Path, error: str | None) -> None:
     """Write what came of the training: on the first process also all weights."""
     models = {"policy": trainer.model_wrapped}
     if trainer._critic is not None:
@@ -144,6 +150,7 @@ def outcome(trainer: PlacedTrainer, folder: Path) -> None:
         "history": trainer.entropy_history.state_dict(),
         "kind": trainer.accelerator.distributed_type.value,
         "world": trainer.accelerator.num_processes,
+        "error": error,
     }
     (folder / f"{rank}.json").write_text(json.dumps(state))
     if rank == 0:
@@ -151,12 +158,16 @@ def outcome(trainer: PlacedTrainer, folder: Path) -> None:
 
 
 def play(case: dict, folder: Path) -> None:
-    trainer = make_trainer(str(folder), case)
+    trainer, message = make_trainer(str(folder), case), None
     if case.get("train", True):
-        trainer.train(resume_from_checkpoint=case.get("resume"))
+        try:
+            trainer.train(resume_from_checkpoint=case.get("resume"))
+        except CheckpointError as error:
+            limit_files()
+            message = str(error)
     if case.get("evaluate"):
         trainer.evaluate()
-    outcome(trainer, folder)
+    outcome(trainer, folder, message)
 
 
 def main(cases: str, folder: str) -> None:

@@ -5,11 +5,14 @@ import logging
 import os
 import pickle
 import shutil
+import signal
+from itertools import count
 from pathlib import Path
 
 import pytest
 import torch
 from conftest import make_model, make_tokenizer
+from datasets import Dataset
 from faulty_runs import SETTINGS, make_trainer, same, start, weights
 from trl import GRPOConfig, GRPOTrainer
 
@@ -150,6 +153,28 @@ def test_full_disk(tmp_path):
     assert "checkpoint-7 could not be written" in message and "File too large" in message
     assert "The last whole one is" in message and "checkpoint-6" in message
     assert [path.name for path in (tmp_path / "run").glob("checkpoint-*")] == ["checkpoint-6"]
+
+
+@pytest.mark.parametrize("moment", ["prepare_rows", "compute_loss", "save_extras", "prediction_step"])
+def test_ctrl_c_and_on_in_the_same_process(tmp_path, whole, moment):
+    rows = Dataset.from_dict({"length": [2, 3]})
+    evaluation = {"eval_strategy": "steps", "eval_steps": 1, "per_device_eval_batch_size": 8, "dataset": rows}
+    trainer = make_trainer(tmp_path, **SAVING, **evaluation)
+    usual, calls = getattr(trainer, moment), count()
+
+    def interrupted(*args, **kwargs):
+        if next(calls) == 2:
+            signal.raise_signal(signal.SIGINT)
+        return usual(*args, **kwargs)
+
+    setattr(trainer, moment, interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        trainer.train()
+    trainer.train(resume_from_checkpoint=True)
+    assert same(trainer, whole)
+    evaluations = [entry for entry in trainer.state.log_history if "eval_runtime" in entry]
+    assert [entry["step"] for entry in evaluations] == [1, 2, 3, 4, 5]
+    assert {entry["eval_episode/count"] for entry in evaluations} == {8.0}
 
 
 def test_a_first_checkpoint_that_cannot_be_written(tmp_path):

@@ -123,6 +123,37 @@ class TestOneEpisode:
         trainer = make_trainer(tmp_path, tokenizer, lambda: ProcessEnv(there, memory_limit=2**30), env_timeout=timeout)
         check_one_fault(trainer, tmp_path, tokens, kind, at)
 
+    def test_with_continuous_batching(self, tmp_path, tokenizer, tokens):
+        trainer = make_trainer(
+            tmp_path,
+            tokenizer,
+            partial(Faulty, "nan", 2, tokens.folder),
+            use_transformers_continuous_batching=True,
+            transformers_continuous_batching_config={"max_memory_percent": 0.02},
+            per_device_train_batch_size=4,
+            max_turns=2,
+            max_steps=1,
+        )
+        tokens(1)
+        trainer.train()
+        assert logged(trainer, "faults/invalid_answer") == logged(trainer, "faults/retried") == [1.0]
+        assert logged(trainer, "episode/stop/failure") == [0.0]
+
+    def test_a_time_out_at_the_start_says_so(self, tmp_path, tokenizer):
+        made = count()
+
+        class Slow(Corridor):
+            def __init__(self):
+                super().__init__()
+                if next(made):
+                    threading.Event().wait()
+
+        kwargs = {"env_timeout": 1.0, "env_max_retries": 0, "max_failed_fraction": 1.0, "max_steps": 1}
+        make_trainer(tmp_path, tokenizer, Slow, **kwargs).train()
+        causes = [record["cause"] for record in failures(tmp_path)]
+        assert len(causes) == 7
+        assert all("It had to start in this time" in cause for cause in causes)
+
     def test_too_many_faults_leave_it_out(self, tmp_path, tokenizer, tokens):
         trainer = make_trainer(
             tmp_path,

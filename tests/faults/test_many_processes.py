@@ -75,6 +75,8 @@ SHARDED_CASES = {
 }
 BF16 = {"settings": {"bf16": True}}
 OVERFLOW = {"settings": GAE | {"critic_warmup_steps": 1}, "overflow": 1}
+# On the first process, for the checkpoints of these steps
+NO_ROOM = SHARDED_CASES["windows"] | {"no_room": [2, 3]}
 UNTRAINED = {"settings": {}, "train": False, "evaluate": True}
 ACCELERATE = [
     "--num_processes=2",
@@ -136,6 +138,7 @@ def two(tmp_path_factory):
     """The folder with two processes' results, with all weights on each and with shards."""
     folder = tmp_path_factory.mktemp("two")
     more = {"fsdp2 bf16": BF16 | {"kind": "fsdp2"}, "fsdp2 overflow": OVERFLOW | {"kind": "fsdp2"}}
+    more |= {"no room": NO_ROOM, "fsdp2 no room": NO_ROOM | {"kind": "fsdp2"}}
     done = launch(CASES | sharded("fsdp2", folder) | more, folder)
     assert done.returncode == 0, done.stderr[-3000:]
     return folder
@@ -220,6 +223,17 @@ def test_a_step_that_is_not_finite_is_left_out_by_all_of_fsdp2(one, two):
     steps = [entry for entry in found[0]["logs"] if "loss" in entry]
     assert [entry["faults/nonfinite_steps"] for entry in steps] == [0, 1, 1]
     assert_equal(found, expected, but=("grad_norm",))
+
+
+@pytest.mark.parametrize("name", ["no room", "fsdp2 no room"])
+def test_a_checkpoint_without_room_is_left_out_by_all(one, two, name):
+    # The second could be done without, the third, which is the last, could not.
+    assert_equal(read(two, name), one("sharded windows", SHARDED_CASES["windows"]))
+    for rank in range(2):
+        error = read(two, name, rank)[0]["error"]
+        assert "checkpoint-3 could not be written" in error
+        assert f"The last whole one is {two / name / 'checkpoint-1'}" in error
+    assert [path.name for path in (two / name).glob("checkpoint-*")] == ["checkpoint-1"]
 
 
 def test_what_fsdp2_saves_is_whole(two):

@@ -60,10 +60,13 @@ class ProcessEnv(TextEnv):
         self._factory = factory
         self._memory_limit = memory_limit
         self._process: ProcessPoolExecutor | None = None
+        self._interrupted = False
 
     def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[str, dict[str, Any]]:
         if self._process is None:
             self._process = _starter.submit(self._start).result()
+            if self._interrupted:  # before there was anything to kill
+                self.interrupt()
         return self._ask(_reset, self._factory, seed, options)
 
     def step(self, action: str) -> tuple[str, float, bool, bool, dict[str, Any]]:
@@ -75,9 +78,14 @@ class ProcessEnv(TextEnv):
         if self._process is not None:
             self._process.shutdown(wait=True, kill_workers=True)
             self._process = None
+            self._interrupted = False
 
     def interrupt(self) -> None:
-        """Kill the process; a call that waits for it, on another thread, raises `EnvironmentDied`."""
+        """
+        Kill the process, or the next one if there is none yet; a call that waits for it, on another thread, raises
+        `EnvironmentDied`.
+        """
+        self._interrupted = True
         if (process := self._process) is not None:
             process.shutdown(wait=False, kill_workers=True)
 
@@ -108,11 +116,17 @@ def _begin_process(parent: int, memory_limit: int | None) -> None:
     if sys.platform == "linux":  # at once, and also if it is stopped
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     threading.Thread(target=_end_with, args=(parent,), name="ends-with-parent", daemon=True).start()
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal's Ctrl-C is for the parent, who decides what ends
+    # A terminal's Ctrl-C, and a scheduler's signal to every process, is for the parent, who decides what ends.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, _do_nothing)  # what the environment itself starts does not inherit that
     if memory_limit is not None:
         import resource
 
         resource.setrlimit(resource.RLIMIT_DATA, (memory_limit, resource.getrlimit(resource.RLIMIT_DATA)[1]))
+
+
+def _do_nothing(number: int, frame: Any) -> None:
+    pass
 
 
 def _end_with(parent: int) -> None:
