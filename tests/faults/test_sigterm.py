@@ -140,12 +140,12 @@ def test_a_fork_ends_by_its_own():
                 time.sleep(60)
             finally:
                 os._exit(0)
-        os.read(said, 1)
+        os.close(say)
+        assert os.read(said, 1) == b"R"
         os.kill(child, signal.SIGTERM)
         assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGTERM
         assert not noted.requested
     os.close(said)
-    os.close(say)
 
 
 def test_training_in_a_thread(tmp_path):
