@@ -11,6 +11,7 @@ os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
 
 import pytest
 import torch
+from hypothesis import HealthCheck, settings
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
@@ -18,6 +19,10 @@ from trl_epo.envs import TextEnv
 
 
 torch.set_num_threads(1)  # the models are tiny: threads would only wait for each other
+
+# A busy machine may take any time for an example, and another run of the tests has the same ones.
+settings.register_profile("tests", deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("tests")
 
 # Settings of trainings that are over in a second: in float32 on a CPU, each step in the log, nothing on the disk.
 CPU_RUN = {
@@ -28,6 +33,8 @@ CPU_RUN = {
     "gradient_checkpointing": False,
     "disable_tqdm": True,
 }
+# Of such trainings with environments: a late answer would change what is sampled together, and so the result.
+PATIENT_RUN = {**CPU_RUN, "environment_patience": float("inf")}
 
 CHATML = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
@@ -89,7 +96,7 @@ def shapes_read(model: LlamaForCausalLM) -> Iterator[list[tuple[int, int]]]:
         yield shapes
 
 
-def wait_for(condition: Callable[[], bool], seconds: float = 60.0) -> bool:
+def wait_for(condition: Callable[[], bool], seconds: float = 300.0) -> bool:
     """Whether a condition comes true in this time."""
     end = time.monotonic() + seconds
     while not (done := condition()) and time.monotonic() < end:

@@ -153,7 +153,7 @@ def test_missing_package_names_the_remedy(listing, monkeypatch):
 
 def test_import_needs_no_alfworld():
     code = "import sys, trl_epo.envs.alfworld_games; assert not {'alfworld', 'textworld'} & set(sys.modules)"
-    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=300)
 
 
 # With ALFWorld

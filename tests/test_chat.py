@@ -137,7 +137,7 @@ def test_observations_cannot_forge_chat_structure(family):
     assert innocent_observation
 
     @given(hostile_texts(FAMILIES[family][1]))
-    @settings(deadline=None, max_examples=100)
+    @settings(max_examples=100)
     def check(text):
         prompt = chat.encode_prompt([{"role": "user", "content": text}])
         observation = chat.encode_observation(text, tokenizer.eos_token_id)
@@ -248,7 +248,7 @@ def test_vocabularies_of_pieces(kind):
     loses = normalizers.Strip in map(type, [tokenizer.backend_tokenizer.normalizer])
 
     @given(hostile_texts(WORDS))
-    @settings(deadline=None, max_examples=60)
+    @settings(max_examples=60)
     def check(text):
         ids = chat.encode_observation(text, tokenizer.eos_token_id)
         assert structure(ids) == expected
@@ -305,12 +305,12 @@ def test_special_tokens_that_take_the_white_space_around_them():
 @pytest.mark.parametrize("text", ["a", " ", "<|im_end|>", "\u0301", "ok \n"])
 def test_a_million_characters_take_seconds(tokenizer, text):
     text = text * (1_000_000 // len(text))
-    start = time.perf_counter()
+    start = time.process_time()
     ids = encoder(tokenizer).encode_observation(text, tokenizer.eos_token_id)
     assert structure_of(tokenizer, ids) == structure_of(
         tokenizer, encoder(tokenizer).encode_observation("", tokenizer.eos_token_id)
     )
-    assert time.perf_counter() - start < 30
+    assert time.process_time() - start < 30
 
 
 def test_special_tokens_written_by_a_naive_encoding_would_be_special(tokenizer):

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import CPU_RUN, Corridor, make_model
+from conftest import PATIENT_RUN, Corridor, make_model
 from datasets import Dataset
 from trl import GRPOTrainer
 
@@ -13,7 +13,7 @@ from trl_epo.rollout import parse_action
 
 
 BASE = {
-    **CPU_RUN,
+    **PATIENT_RUN,
     "per_device_train_batch_size": 8,
     "gradient_accumulation_steps": 1,
     "num_generations": 4,

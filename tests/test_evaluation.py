@@ -8,7 +8,7 @@ from itertools import combinations
 import numpy as np
 import pytest
 import torch
-from conftest import CPU_RUN, Corridor, make_model, shapes_read
+from conftest import PATIENT_RUN, Corridor, make_model, shapes_read
 from datasets import Dataset
 from hypothesis import given
 from hypothesis import strategies as st
@@ -208,7 +208,7 @@ class TestRuns:
 
 
 BASE = {
-    **CPU_RUN,
+    **PATIENT_RUN,
     "per_device_train_batch_size": 4,
     "num_generations": 4,
     "per_device_eval_batch_size": 8,

@@ -140,7 +140,7 @@ def test_thirty_ragged_turns_equal_reading_the_transcript_again(model):
     assert play(model, [30, 12, 30, 1, 9, 21], prompts, max_concurrent=6) < 1e-4
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(
     num_turns=st.lists(st.integers(1, 6), min_size=1, max_size=9),
     groups=st.integers(1, 4),

@@ -37,7 +37,7 @@ def grammar():
     yield from (f"put {thing} in {item}" for thing in things for item in furniture)
 
 
-MANY = settings(max_examples=200, deadline=None)
+MANY = settings(max_examples=200)
 
 seeds = st.integers(0, 2**32)
 commands = st.sampled_from(list(grammar()))
@@ -235,7 +235,7 @@ def test_expert_solves_every_row(seed, split, knobs):
     assert rewards == [0.0] * (len(rewards) - 1) + [1.0]
 
 
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=400)
 @given(seed=seeds, split=splits, knobs=knobs, wander=st.integers(0, 60))
 def test_expert_solves_every_state_that_can_be_reached(seed, split, knobs, wander):
     world = fresh_world(seed, *knobs, split)
@@ -309,7 +309,7 @@ def shortest(world):
         layer = following
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(seed=seeds, split=splits, rooms=st.integers(2, 4))
 def test_expert_is_shortest_for_one_chore(seed, split, rooms):
     world = fresh_world(seed, rooms=rooms, split=split)
@@ -323,7 +323,7 @@ def test_gymnasium_accepts_it():
     check_env(Household(), skip_render_check=True)
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(seed=st.integers(0, 20), texts=st.lists(st.text() | commands | almost, min_size=1, max_size=20))
 def test_any_text_is_answered_by_a_short_sentence(seed, texts):
     env = Household(turns=50)

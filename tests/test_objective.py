@@ -73,7 +73,7 @@ class TestTurnMean:
 
 class TestInvariance:
     @given(padding=st.integers(0, 5), order=st.permutations(range(2)))
-    @settings(deadline=None, max_examples=20)
+    @settings(max_examples=20)
     def test_padding_and_batch_order(self, padding, order):
         def padded(tensor, value):
             return torch.nn.functional.pad(tensor, (0, padding), value=value)[order]
@@ -82,7 +82,7 @@ class TestInvariance:
         assert result.item() == pytest.approx(4.25)
 
     @given(seed=st.integers(0, 1000), num_parts=st.sampled_from([1, 2, 3, 6]))
-    @settings(deadline=None, max_examples=30)
+    @settings(max_examples=30)
     def test_split_into_micro_batches(self, seed, num_parts):
         generator = torch.Generator().manual_seed(seed)
         values = torch.rand(6, 9, generator=generator)

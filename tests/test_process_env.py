@@ -151,7 +151,7 @@ def test_in_a_forked_child():
     child = os.fork()
     if not child:
         try:
-            signal.alarm(30)
+            signal.alarm(120)
             other = ProcessEnv(Household)
             other.reset(seed=0)
             other.close()

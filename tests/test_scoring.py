@@ -4,7 +4,7 @@ import itertools
 
 import pytest
 import torch
-from conftest import Corridor, make_model, shapes_read
+from conftest import PATIENT_RUN, Corridor, make_model, shapes_read
 from datasets import Dataset
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -51,7 +51,7 @@ def gradients(model, loss):
     return torch.cat([parameter.grad.flatten() for parameter in model.parameters()])
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(st.data())
 def test_equals_scoring_every_token(fused_model, data):
     num_rows = data.draw(st.integers(1, 5))
@@ -75,7 +75,7 @@ def test_equals_scoring_every_token(fused_model, data):
         torch.testing.assert_close(actual, expected, atol=1e-4, rtol=1e-4)
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(st.data())
 def test_contexts_are_scored_as_rows_of_their_own(fused_model, data):
     """Episodes of several contexts against each context alone, read in full."""
@@ -264,12 +264,9 @@ def test_training_equals_trls_full_scoring(tmp_path, tokenizer, monkeypatch, los
                 max_steps=6,
                 optim="sgd",
                 learning_rate=10.0,
-                bf16=False,
-                gradient_checkpointing=False,
                 report_to="none",
-                logging_steps=1,
-                save_strategy="no",
                 seed=3,
+                **PATIENT_RUN,
             ),
             train_dataset=Dataset.from_dict({"length": [1, 30, 2, 40]}),
             processing_class=tokenizer,

@@ -1,11 +1,12 @@
 """`EPOTrainer` with text environments: real environments, a real model, the real trainer."""
 
 from collections import Counter
+from itertools import count
 
 import gymnasium
 import pytest
 import torch
-from conftest import CHATML, CPU_RUN, Corridor, make_model
+from conftest import CHATML, PATIENT_RUN, Corridor, make_model
 from datasets import Dataset, IterableDataset
 from peft import LoraConfig, PromptTuningConfig
 from torch.profiler import profile
@@ -15,7 +16,7 @@ from trl_epo import EPOConfig, EPOTrainer
 
 
 BASE = {
-    **CPU_RUN,
+    **PATIENT_RUN,
     "per_device_train_batch_size": 8,
     "gradient_accumulation_steps": 1,
     "num_generations": 4,
@@ -294,12 +295,11 @@ class TestEvaluation:
 class Crashing(Corridor):
     """Every other instance crashes in its second step."""
 
-    made = 0
+    numbers = count()
 
     def __init__(self):
         super().__init__()
-        Crashing.made += 1
-        self.crashes = Crashing.made % 2 == 0
+        self.crashes = next(Crashing.numbers) % 2 == 1
 
     def step(self, action):
         answer = super().step(action)
@@ -336,12 +336,11 @@ class TestFaults:
 
     def test_a_prompt_that_is_too_long_does_not_pad_the_others(self, tmp_path, tokenizer):
         class Talkative(Corridor):
-            made = 0
+            numbers = count()
 
             def __init__(self):
                 super().__init__()
-                Talkative.made += 1
-                self.words = 5000 if Talkative.made == 3 else 0
+                self.words = 5000 if next(Talkative.numbers) == 2 else 0
 
             def reset(self, **kwargs):
                 observation, info = super().reset(**kwargs)

@@ -119,7 +119,7 @@ def launch(script: str | Path, *arguments: str, **kwargs) -> subprocess.Popen:
 def run(folder: Path, what: str = "train", **settings) -> tuple[dict, dict]:
     """What each of two processes says of a training or an evaluation."""
     process = launch(__file__, what, str(folder), json.dumps(settings), stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-    errors = process.communicate(timeout=300)[1]
+    errors = process.communicate(timeout=900)[1]
     assert process.returncode == 0, errors[-3000:]
     first, second = (json.loads((folder / f"rank{rank}.json").read_text()) for rank in range(2))
     return first, second
@@ -195,7 +195,7 @@ def test_processes_end_well_just_after_a_collective(tmp_path):
     (tmp_path / "collectives.py").write_text(COLLECTIVES)
     runs = [launch(tmp_path / "collectives.py", stderr=subprocess.PIPE) for _ in range(3)]
     for process in runs:
-        errors = process.communicate(timeout=100)[1]
+        errors = process.communicate(timeout=900)[1]
         assert process.returncode == 0, errors[-3000:]
 
 

@@ -14,7 +14,7 @@ import time
 from pathlib import Path
 
 import torch
-from conftest import CPU_RUN, Corridor, make_model, make_tokenizer
+from conftest import PATIENT_RUN, Corridor, make_model, make_tokenizer, wait_for
 from transformers import TrainerCallback
 
 import trl_epo
@@ -23,7 +23,7 @@ from trl_epo.checkpoints import last_whole_checkpoint
 
 
 SETTINGS = {
-    **CPU_RUN,
+    **PATIENT_RUN,
     "per_device_train_batch_size": 4,
     "num_generations": 4,
     "steps_per_generation": 2,
@@ -91,11 +91,26 @@ def limit_files(size: int = resource.RLIM_INFINITY) -> None:
 
 
 class Steps(TrainerCallback):
-    """Tells of each step on standard output, and takes its time."""
+    """Tells of each step on standard output; at the end of the third it waits for a SIGTERM and for the file `go`."""
+
+    def __init__(self, trainer: EPOTrainer):
+        self.trainer = trainer
 
     def on_step_end(self, args, state, control, **kwargs):
         say(f"step {state.global_step}")
-        time.sleep(0.3)
+        if state.global_step == 3:
+            wait_for(lambda: self.trainer._interruption.requested and Path(args.output_dir, "go").exists())
+
+
+class Halt(TrainerCallback):
+    """Waits to be killed when it has seen two checkpoints."""
+
+    num_seen = 0
+
+    def on_save(self, args, state, control, **kwargs):
+        self.num_seen += 1
+        if self.num_seen == 2:
+            time.sleep(600)
 
 
 def start(function: str, folder: Path, processes: int = 1) -> subprocess.Popen:
@@ -123,8 +138,10 @@ def one(folder: Path) -> None:
     """A run that leaves files where a `finally` and an `atexit` come by."""
     rank = os.environ.get("RANK", "0")
     atexit.register(lambda: Path(folder, f"atexit{rank}").touch())
+    trainer = make_trainer(folder)
+    trainer.add_callback(Steps(trainer))
     try:
-        make_trainer(folder, Steps()).train()
+        trainer.train()
     finally:
         Path(folder, f"finally{rank}").touch()
 
@@ -166,14 +183,14 @@ def kills(folder: Path) -> None:
     def has_ended(child: int) -> bool:
         return os.waitid(os.P_PID, child, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
 
-    def train(where: Path) -> int:
+    def train(where: Path, *callbacks: TrainerCallback) -> int:
         """In a fork, since this takes a fraction of a new process's time."""
         child = os.fork()
         if not child:
             try:
                 sys.stdout = sys.stderr
                 resume = where.exists() and last_whole_checkpoint(where) is not None
-                trainer = make_trainer(where, **kwargs)
+                trainer = make_trainer(where, *callbacks, **kwargs)
                 trainer.train(resume_from_checkpoint=resume)
                 torch.save([weights(trainer), json.dumps(trainer.entropy_history.state_dict())], where / "end.pt")
                 os._exit(0)
@@ -186,7 +203,7 @@ def kills(folder: Path) -> None:
     killed = folder / "killed"
     for _ in range(12):
         before = set(killed.glob("checkpoint-*"))
-        child = train(killed)
+        child = train(killed, Halt())  # so that it is not through if this process comes late
         while set(killed.glob("checkpoint-*")) <= before and not has_ended(child):
             time.sleep(0.0005)
         time.sleep(draw.uniform(0.0, 1.5 * (max(times) - min(times))))
@@ -218,5 +235,5 @@ def full_disk(folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    faulthandler.dump_traceback_later(240, exit=True)  # rather than hang
+    faulthandler.dump_traceback_later(600, exit=True)  # rather than hang
     globals()[sys.argv[1]](Path(sys.argv[2]))

@@ -32,7 +32,7 @@ BASE = {
     "max_turns": 4,
     "max_turn_length": 5,
     "max_steps": 2,
-    "env_timeout": 60.0,
+    "env_timeout": 120.0,
 }
 
 
@@ -93,6 +93,26 @@ def tokens(tmp_path):
     return put
 
 
+def hurry(trainer, seconds):
+    """
+    Environments have so many seconds for an answer until one has let its time pass, then as long as before: with all
+    eight started already, and others to be started, this need not be long, however slow the machine.
+    """
+    pool = trainer._environments
+    patience, discard = pool.timeout, pool.discard
+    workers = [pool.take(None) for _ in range(8)]
+    for answer in [worker.reset(0, {}) for worker in workers]:
+        pool.wait_for(answer)
+    for worker in workers:
+        pool.give_back(None, worker)
+
+    def have_time_again(worker):
+        pool.timeout = patience
+        discard(worker)
+
+    pool.timeout, pool.discard = seconds, have_time_again
+
+
 def check_one_fault(trainer, tmp_path, put, kind, at):
     put(1)
     trainer.train()
@@ -112,15 +132,17 @@ def check_one_fault(trainer, tmp_path, put, kind, at):
 class TestOneEpisode:
     @pytest.mark.parametrize(("fault", "at", "kind"), ON_A_THREAD)
     def test_on_a_thread(self, tmp_path, tokenizer, tokens, fault, at, kind):
-        timeout = 2.0 if kind == "timeout" else 60.0
-        trainer = make_trainer(tmp_path, tokenizer, partial(Faulty, fault, at, tokens.folder), env_timeout=timeout)
+        trainer = make_trainer(tmp_path, tokenizer, partial(Faulty, fault, at, tokens.folder))
+        if kind == "timeout":
+            hurry(trainer, 3.0)
         check_one_fault(trainer, tmp_path, tokens, kind, at)
 
     @pytest.mark.parametrize(("fault", "at", "kind"), IN_A_PROCESS)
     def test_in_a_process(self, tmp_path, tokenizer, tokens, fault, at, kind):
         there = partial(Faulty, fault, at, tokens.folder)
-        timeout = 15.0 if kind == "timeout" else 60.0  # the start of eight processes included
-        trainer = make_trainer(tmp_path, tokenizer, lambda: ProcessEnv(there, memory_limit=2**30), env_timeout=timeout)
+        trainer = make_trainer(tmp_path, tokenizer, lambda: ProcessEnv(there, memory_limit=2**30))
+        if kind == "timeout":
+            hurry(trainer, 8.0)
         check_one_fault(trainer, tmp_path, tokens, kind, at)
 
     def test_with_continuous_batching(self, tmp_path, tokenizer, tokens):
@@ -229,13 +251,13 @@ class TestOneEpisode:
         assert json.loads(line)["cause"].startswith("RuntimeError: the simulator crashed")
 
     def test_an_environment_that_changes_its_options(self, tmp_path, tokenizer):
-        seen = []
+        seen, numbers = [], count()
 
         class Greedy(Corridor):
             def reset(self, *, seed=None, options=None):
                 seen.append(list(options["things"]))
                 options["things"].clear()
-                if len(seen) == 2:  # the first is that of a check before training
+                if next(numbers) == 1:  # the first is that of a check before training
                     raise RuntimeError("once more")
                 return super().reset(seed=seed)
 
@@ -308,7 +330,7 @@ class TestManners:
         trainer.train()
         trainer._environments.close()
         for worker in trainer._environments._closing:
-            worker.join(10)
+            worker.join(60)
         assert logged(trainer, "episode/stop/failure") == [0.0, 0.0]
         assert sum("Closing an environment failed" in record.message for record in caplog.records) == 8
 
@@ -413,8 +435,9 @@ def test_scienceworlds_java_process(tmp_path, tokenizer, tokens, signal_number, 
             return super().step(action)
 
     rows = Dataset.from_dict({"task": ["boil"] * 2, "variation": [0, 1]})
-    trainer = make_trainer(tmp_path, tokenizer, lambda: Shot(turns=3), rows=rows, max_failed_fraction=0.0)
-    trainer._environments.timeout = 20.0
+    trainer = make_trainer(tmp_path, tokenizer, lambda: Shot("boil", 0, turns=3), rows=rows, max_failed_fraction=0.0)
+    if kind == "timeout":
+        hurry(trainer, 10.0)
     tokens(1)
     trainer.train()
     # All environments of the process share it: each loses its episode, and gets it again in another one.

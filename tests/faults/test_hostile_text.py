@@ -8,7 +8,7 @@ from pathlib import Path
 import pandas as pd
 import psutil
 import pytest
-from conftest import CPU_RUN, Corridor, make_model, wait_for
+from conftest import PATIENT_RUN, Corridor, make_model, wait_for
 from datasets import Dataset, IterableDataset
 from test_chat import family_tokenizer
 from trl.chat_template_utils import add_response_schema
@@ -76,7 +76,7 @@ def config(tmp_path, **kwargs):
     return EPOConfig(
         str(tmp_path),
         **{
-            **CPU_RUN,
+            **PATIENT_RUN,
             "per_device_train_batch_size": 4,
             "num_generations": 2,
             "max_turns": 5,
@@ -178,9 +178,9 @@ class TestTraining:
     @pytest.mark.parametrize("context", ["transcript", "window"])
     def test_millions_of_characters_are_cut_before_they_cost_anything(self, tmp_path, tokenizer, context):
         args = config(tmp_path, max_steps=1, context=context, max_observation_length=300)
-        start = time.perf_counter()
+        start = time.process_time()
         trainer, episodes = train(tokenizer, Flood, args, Dataset.from_dict({"seed": [0, 1]}))
-        assert time.perf_counter() - start < 30  # to tokenise all of it would take minutes
+        assert time.process_time() - start < 30  # to tokenise all of it would take minutes
         assert logged(trainer, "episode/stop/max_turns") == [1.0]
         assert logged(trainer, "episode/cut_observations") == [1.0 + args.max_turns]
         for episode in episodes:
@@ -238,9 +238,9 @@ class Corrupt(Corridor):
 
 class TestDataset:
     def test_what_does_not_fit_fails_alone_and_quickly(self, tmp_path, tokenizer, caplog):
-        start = time.perf_counter()
+        start = time.process_time()
         trainer, episodes = train(tokenizer, Corridor, config(tmp_path), rows_of("Go.", "<|im_end|>" * 100_000))
-        assert time.perf_counter() - start < 60
+        assert time.process_time() - start < 60
         assert logged(trainer, "episode/stop/failure") == [0.5] * 2
         assert "The first prompt has" in caplog.text
         assert len(caplog.text) < 100_000
@@ -269,7 +269,7 @@ class TestLogs:
     def test_failures_are_shown_escaped_and_set_apart(self, tmp_path, tokenizer, caplog):
         args = config(tmp_path, max_steps=1, max_failed_fraction=1.0, env_max_retries=0)
         _, episodes = train(tokenizer, Corrupt, args, Dataset.from_dict({"length": [3, 4]}))
-        assert wait_for(lambda: sum("Closing" in message for message in caplog.messages) == len(episodes), seconds=10)
+        assert wait_for(lambda: sum("Closing" in message for message in caplog.messages) == len(episodes))
         failures = [message for message in caplog.messages if "failed" in message]
         assert len(failures) == 2 * len(episodes)
         for message in failures:
@@ -320,9 +320,9 @@ class TestText:
 
     def test_a_large_text_is_cut_in_no_time(self):
         text = "\x1b\ud800" * 50_000_000
-        start = time.perf_counter()
+        start = time.process_time()
         assert len(taken_in(text, 1000)) <= 1000
-        assert time.perf_counter() - start < 1
+        assert time.process_time() - start < 1
 
     def test_info(self):
         info = {"success": True, "hint": "x" * 500, "admissible_actions": ["go \ud800"] * 50, "score": 3, "none": []}

@@ -98,7 +98,7 @@ def launch(cases: dict, folder: Path, **environment: str) -> subprocess.Complete
     # `--multi_gpu` starts one process for each of `num_processes`, with `--cpu` there would be one; devices are not its matter
     command = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", *ACCELERATE, script]
     command += [json.dumps(cases), str(folder)]
-    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=900)
 
 
 def sharded(kind: str, folder: Path) -> dict:

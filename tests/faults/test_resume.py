@@ -132,8 +132,6 @@ RUNS = st.fixed_dictionaries(
 
 @settings(
     max_examples=8,
-    deadline=None,
-    derandomize=True,
     phases=[Phase.generate],  # a smaller example would cost a hundred runs
     suppress_health_check=list(HealthCheck),
 )

@@ -9,6 +9,7 @@ import time
 
 import pytest
 import torch
+from conftest import wait_for
 from datasets import Dataset
 from faulty_runs import When, make_trainer, same, start, wait_for_step, weights
 
@@ -29,13 +30,14 @@ def test_checkpoint_exit_and_resume(tmp_path):
     whole.train()
     wait_for_step(process, 3)
     process.send_signal(signal.SIGTERM)
-    time.sleep(0.1)
+    assert wait_for(lambda: "SIGTERM: writing a checkpoint" in (tmp_path / "stderr.txt").read_text())
     process.send_signal(signal.SIGTERM)  # as a scheduler and torchrun do, each for itself
+    (tmp_path / "go").touch()
     output = process.stdout.read()
     assert process.wait(60) == 143
     assert (tmp_path / "finally0").exists() and (tmp_path / "atexit0").exists()
-    assert "step 5" not in output
-    assert last_whole_checkpoint(tmp_path) in [str(tmp_path / f"checkpoint-{step}") for step in (3, 4)]
+    assert "step 4" not in output
+    assert last_whole_checkpoint(tmp_path) == str(tmp_path / "checkpoint-3")
     errors = (tmp_path / "stderr.txt").read_text()
     assert "Ended by SIGTERM" in errors and "Traceback" not in errors
 
@@ -46,7 +48,8 @@ def test_checkpoint_exit_and_resume(tmp_path):
 
 def test_two_processes_do_the_same(tmp_path, caplog):
     process = start("two", tmp_path, processes=2)
-    wait_for_step(process, 1)
+    wait_for_step(process, 3)
+    (tmp_path / "last" / "go").touch()
     process.send_signal(signal.SIGTERM)  # torchrun hands it on
     process.stdout.read()
     assert process.wait(60) != 0
@@ -108,33 +111,41 @@ def test_the_last_checkpoint_is_kept_beside_the_best(tmp_path):
 
 def test_a_second_one_ends_it_at_once(monkeypatch):
     monkeypatch.setattr(interruption, "SAME_REQUEST", 0.0)
+    said, say = os.pipe()
     child = os.fork()
     if not child:
         try:
-            with interruption.Interruption():
-                time.sleep(30)
+            with interruption.Interruption() as noted:
+                os.write(say, b"R")
+                wait_for(lambda: noted.requested)
+                os.write(say, b"N")
+                time.sleep(60)
         finally:
             os._exit(1)
-    time.sleep(0.5)
-    os.kill(child, signal.SIGTERM)
-    time.sleep(0.2)
-    assert os.waitpid(child, os.WNOHANG) == (0, 0)
-    os.kill(child, signal.SIGTERM)
+    os.close(say)
+    for expected in (b"R", b"N"):  # ready, noted
+        assert os.read(said, 1) == expected
+        os.kill(child, signal.SIGTERM)
+    os.close(said)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGTERM
 
 
 def test_a_fork_ends_by_its_own():
+    said, say = os.pipe()
     with interruption.Interruption() as noted:
         child = os.fork()
         if not child:
             try:
-                time.sleep(30)
+                os.write(say, b"R")  # ready: at the very beginning Python forgets what signals a fork has had
+                time.sleep(60)
             finally:
                 os._exit(0)
-        time.sleep(0.1)
+        os.close(say)
+        assert os.read(said, 1) == b"R"
         os.kill(child, signal.SIGTERM)
         assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGTERM
         assert not noted.requested
+    os.close(said)
 
 
 def test_training_in_a_thread(tmp_path):
@@ -143,5 +154,5 @@ def test_training_in_a_thread(tmp_path):
     before = weights(trainer)
     thread = threading.Thread(target=trainer.train)
     thread.start()
-    thread.join(60)
+    thread.join(300)
     assert not torch.equal(weights(trainer), before)

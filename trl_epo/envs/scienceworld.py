@@ -36,6 +36,9 @@ HEAP = "1g"
 # Environments that can step at the same time in one JVM; each copy of the simulator beyond the first costs about 25 MB.
 SIMULATORS = min(4, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
 
+# Seconds that a Java process which does not talk any more has to end by itself and say with its exit status why.
+DYING = 20.0
+
 # Number of variations of each task.
 VARIATIONS = {
     "boil": 30,
@@ -376,7 +379,7 @@ class _Simulator:
                 reason = str(error.java_exception)
                 raise SimulatorError(f"ScienceWorld raised {reason}. The episode is lost: call env.reset()") from error
             except Py4JError as error:
-                self.jvm.end(patience=1)
+                self.jvm.end(patience=DYING)
                 raise SimulatorDied(self.jvm.ended) from error
 
     def load(self, server: Any, task: str, variation: int, simplification: str, expert: bool) -> str:
@@ -461,7 +464,7 @@ class _Jvm:
         try:
             self._address = int(answer), self.process.stdout.readline().decode().strip()
         except ValueError as error:  # Java wrote a complaint in place of its port, or nothing
-            self.end(patience=1)
+            self.end(patience=DYING)
             if self.process.returncode < 0:  # a signal
                 raise SimulatorDied(self.ended) from error
             raise SimulatorError(f"Java did not start with the options {self.options}: {answer!r}") from error
