@@ -273,7 +273,7 @@ class FaultTolerantGRPOTrainer(GRPOTrainer):
 
     def _save_checkpoint(self, model, trial):
         folder = Path(self._get_output_dir(trial), f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}")
-        best = {name: getattr(self.state, name) for name in BEST}
+        best = self._best()
         if best["best_global_step"] == self.state.global_step:
             best |= self._former_best
         self._save_error, self._saving = None, True
@@ -349,8 +349,11 @@ class FaultTolerantGRPOTrainer(GRPOTrainer):
             if self.is_world_process_zero():
                 self.extend_model_card(Path(self.args.output_dir) / "README.md")
 
+    def _best(self) -> dict[str, Any]:
+        return {name: getattr(self.state, name) for name in BEST}
+
     def _determine_best_metric(self, metrics, trial):
-        self._former_best = {name: getattr(self.state, name) for name in BEST}
+        self._former_best = self._best()
         return self.may_be_best(metrics) and super()._determine_best_metric(metrics, trial)
 
     def _load_best_model(self):

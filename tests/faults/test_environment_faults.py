@@ -2,7 +2,6 @@
 
 import json
 import os
-import resource
 import signal
 import threading
 from contextlib import suppress
@@ -14,7 +13,7 @@ import pytest
 from conftest import CPU_RUN, Corridor, make_model
 from datasets import Dataset, IterableDataset
 from faulty import Faulty
-from faulty_runs import When
+from faulty_runs import When, limit_files
 from transformers import TrainerCallback
 
 from trl_epo import EPOConfig, EPOTrainer
@@ -369,21 +368,18 @@ class TestTooMany:
             factory = partial(Faulty, "crash", 1, tokens.folder)
             return make_trainer(tmp_path, tokenizer, factory, max_steps=2, env_max_retries=0)
 
-        def no_room(bound=0):
-            resource.setrlimit(resource.RLIMIT_FSIZE, (bound, resource.RLIM_INFINITY))
-
         tokens(5)
         with pytest.raises(RuntimeError, match="5 of 8 episodes failed"):
             make().train()
         before = (tmp_path / "checkpoint-0" / "manifest.json").stat().st_mtime_ns
         resumed = make()
-        resumed.add_callback(When("on_step_begin", 0, no_room))
+        resumed.add_callback(When("on_step_begin", 0, lambda: limit_files(0)))
         tokens(5)
         try:
             with pytest.raises(RuntimeError, match="(?s)5 of 8 episodes failed.*checkpoint-0"):
                 resumed.train(resume_from_checkpoint=True)
         finally:
-            no_room(resource.RLIM_INFINITY)
+            limit_files()
         assert (tmp_path / "checkpoint-0" / "manifest.json").stat().st_mtime_ns == before
         assert last_whole_checkpoint(tmp_path) == str(tmp_path / "checkpoint-0")
 
