@@ -4,6 +4,7 @@ import os
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -15,6 +16,7 @@ from hypothesis import HealthCheck, settings
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+import trl_epo
 from trl_epo.envs import TextEnv
 
 
@@ -94,6 +96,12 @@ def shapes_read(model: LlamaForCausalLM) -> Iterator[list[tuple[int, int]]]:
     )
     with hook:
         yield shapes
+
+
+def child_environment(**more: str) -> dict[str, str]:
+    """Environment variables of another process that imports the same package and these files."""
+    path = os.pathsep.join([str(Path(__file__).parent), str(Path(trl_epo.__file__).parents[1])])
+    return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path, **more}
 
 
 def wait_for(condition: Callable[[], bool], seconds: float = 300.0) -> bool:

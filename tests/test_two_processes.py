@@ -8,10 +8,9 @@ from itertools import count
 from pathlib import Path
 
 import torch
-from conftest import Corridor, make_model, make_tokenizer
+from conftest import Corridor, child_environment, make_model, make_tokenizer
 from datasets import Dataset
 
-import trl_epo
 from trl_epo import EPOConfig, EPOTrainer, gloo
 
 
@@ -111,9 +110,7 @@ def evaluate(folder: str, settings: dict) -> None:
 
 def launch(script: str | Path, *arguments: str, **kwargs) -> subprocess.Popen:
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    path = os.pathsep.join([str(Path(__file__).parent), str(Path(trl_epo.__file__).parents[1])])
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path}
-    return subprocess.Popen([*launcher, script, *arguments], env=environment, text=True, **kwargs)
+    return subprocess.Popen([*launcher, script, *arguments], env=child_environment(), text=True, **kwargs)
 
 
 def run(folder: Path, what: str = "train", **settings) -> tuple[dict, dict]:

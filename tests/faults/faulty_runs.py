@@ -14,10 +14,9 @@ import time
 from pathlib import Path
 
 import torch
-from conftest import PATIENT_RUN, Corridor, make_model, make_tokenizer, wait_for
+from conftest import PATIENT_RUN, Corridor, child_environment, make_model, make_tokenizer, wait_for
 from transformers import TrainerCallback
 
-import trl_epo
 from trl_epo import EPOConfig, EPOTrainer
 from trl_epo.checkpoints import last_whole_checkpoint
 
@@ -116,11 +115,10 @@ class Halt(TrainerCallback):
 def start(function: str, folder: Path, processes: int = 1) -> subprocess.Popen:
     """Call a function of this file in another process, or in several."""
     launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
-    path = os.pathsep.join([str(Path(__file__).parents[1]), str(Path(trl_epo.__file__).parents[1])])
     with open(folder / "stderr.txt", "w") as errors:
         return subprocess.Popen(
             [sys.executable, *(launcher if processes > 1 else ()), __file__, function, str(folder)],
-            env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path, "PYTHONUNBUFFERED": "1"},
+            env=child_environment(PYTHONUNBUFFERED="1"),
             stdout=subprocess.PIPE,
             stderr=errors,
             text=True,

@@ -6,18 +6,15 @@ What each process does is in `many_processes.py`.
 import importlib.util
 import json
 import math
-import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import make_model
+from conftest import child_environment, make_model
 from many_processes import BEGIN, NUM_EPISODES, play
 from transformers import AutoModelForCausalLM, AutoModelForTokenClassification
-
-import trl_epo
 
 
 GAE = {"advantage_estimator": "gae", "context": "window", "gamma": 0.9, "gae_lambda": 0.8}
@@ -92,13 +89,11 @@ needs_deepspeed = pytest.mark.skipif(importlib.util.find_spec("deepspeed") is No
 def launch(cases: dict, folder: Path, **environment: str) -> subprocess.CompletedProcess:
     """The cases, one after the other, on two processes."""
     make_model().save_pretrained(folder / BEGIN)
-    paths = [str(Path(__file__).parents[1]), str(Path(trl_epo.__file__).parents[1])]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(paths), **environment}
     script = str(Path(__file__).with_name("many_processes.py"))
     # `--multi_gpu` starts one process for each of `num_processes`, with `--cpu` there would be one; devices are not its matter
     command = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", *ACCELERATE, script]
     command += [json.dumps(cases), str(folder)]
-    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=900)
+    return subprocess.run(command, env=child_environment(**environment), capture_output=True, text=True, timeout=900)
 
 
 def sharded(kind: str, folder: Path) -> dict:

@@ -1,6 +1,5 @@
 """However a trainer ends, the processes of its environments end with it: real trainers, really killed."""
 
-import os
 import signal
 import subprocess
 import sys
@@ -10,11 +9,10 @@ from pathlib import Path
 
 import psutil
 import pytest
-from conftest import make_model, make_tokenizer, wait_for
+from conftest import child_environment, make_model, make_tokenizer, wait_for
 from datasets import Dataset
 from faulty import Faulty
 
-import trl_epo
 from trl_epo import EPOConfig, EPOTrainer
 from trl_epo.envs.process import ProcessEnv
 from trl_epo.envs.scienceworld import ScienceWorld
@@ -97,12 +95,11 @@ def environments(trainer: psutil.Process) -> list[psutil.Process]:
 )
 def test_nothing_is_left(tmp_path, end, stopped):
     (tmp_path / "tokens").mkdir()
-    path = os.pathsep.join([str(Path(__file__).parents[1]), str(Path(trl_epo.__file__).parents[1])])
     log = tmp_path / "log"
     with log.open("w") as output:
         trainer = subprocess.Popen(
             [sys.executable, __file__, str(tmp_path)],
-            env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path},
+            env=child_environment(),
             stdout=output,
             stderr=subprocess.STDOUT,
         )
