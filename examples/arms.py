@@ -20,8 +20,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
 from trl import TrlParser
 
 from trl_epo import EPOConfig, EPOTrainer
-from trl_epo.contexts import PastTurn, TurnView
 from trl_epo.envs import household
+from trl_epo.rollouts.contexts import PastTurn, TurnView
 
 
 GRPO = {"entropy_coef": 0.0}

@@ -14,8 +14,8 @@ from datasets import Dataset
 from peft import LoraConfig, get_peft_model
 
 from trl_epo import EPOConfig, EPOTrainer
-from trl_epo.critic import make_critic, value_head
-from trl_epo.rollout import parse_action
+from trl_epo.credit.critic import make_critic, value_head
+from trl_epo.rollouts.rollout import parse_action
 
 
 GROUP = 4

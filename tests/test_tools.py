@@ -9,7 +9,7 @@ from conftest import make_model, make_tokenizer
 from datasets import Dataset
 
 from trl_epo import EPOConfig, EPOTrainer
-from trl_epo.objective import turn_ids_from_mask
+from trl_epo.entropy.objective import turn_ids_from_mask
 
 
 CALL = '<tool_call>\n{"name": "look", "arguments": {}}\n</tool_call>'

@@ -10,7 +10,7 @@ from datasets import Dataset
 from trl import GRPOConfig, GRPOTrainer
 
 from trl_epo import EPOConfig, EPOTrainer
-from trl_epo.objective import smoothing_penalty, turn_ids_from_mask, turn_mean
+from trl_epo.entropy.objective import smoothing_penalty, turn_ids_from_mask, turn_mean
 from trl_epo.trainer import HISTORY_FILE
 
 
@@ -238,7 +238,7 @@ class TestObjective:
 
     def test_missing_entropies_are_an_error_not_a_fallback(self, tmp_path, tokenizer, monkeypatch):
         monkeypatch.setattr(
-            "trl_epo._trl_seams.SeamedGRPOTrainer._get_per_token_logps_and_entropies",
+            "trl_epo.seams.trl.SeamedGRPOTrainer._get_per_token_logps_and_entropies",
             GRPOTrainer._get_per_token_logps_and_entropies,
         )
         with pytest.raises(RuntimeError, match="0 times in one loss"):

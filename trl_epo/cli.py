@@ -25,9 +25,9 @@ from peft.utils import CONFIG_NAME as ADAPTER_CONFIG
 from transformers import AutoConfig
 from trl import ModelConfig, TrlParser, get_peft_config, get_quantization_config
 
-from .checkpoints import last_whole_checkpoint
 from .config import EPOConfig
-from .evaluation import failed_share
+from .reports import failed_share
+from .runs import last_whole_checkpoint
 from .trainer import FAILURES_FILE, EPOTrainer
 
 

@@ -21,27 +21,38 @@ from torch import Tensor
 from transformers.trainer_utils import has_length
 from trl.trainer.utils import get_config_model_id
 
-from ._trl_seams import SeamedGRPOTrainer
-from .argument_checks import check_other_arguments, check_text_episode_arguments
-from .batching import action_mask
-from .chat import ChatEncoder
+from .batches import action_mask
 from .config import EPOConfig
-from .contexts import ContextRules, PromptBuilder, build_prompt, describe_turn
-from .credit import CreditAssigner
-from .critic import Critic, TrainCritic, make_critic
-from .entropy_term import EntropyTerm, Moment
-from .environment_pool import make_environment_pool
-from .episode import Episode, StopReason, episode_row
-from .evaluation import evaluation_metrics, failed_share
-from .failures import FailureLog
-from .generation import TurnSampler
-from .history import EntropyHistory
-from .metrics import EpisodeSummary, episode_metrics
-from .model_card import complete_model_card
-from .objective import turn_ids_from_mask
-from .rollout import ActionParser, EpisodeStart, Limits, parse_action, parse_tagged_action, play_episodes
-from .rows import FirstRow, check_first_row, environment_options, placeholder_dataset
-from .run_state import summaries_as_json, summaries_from_json
+from .credit import CreditAssigner, Critic, TrainCritic, make_critic
+from .entropy import EntropyHistory, EntropyTerm, Moment, turn_ids_from_mask
+from .reports import EpisodeSummary, complete_model_card, episode_metrics, evaluation_metrics, failed_share
+from .rollouts import (
+    ActionParser,
+    ChatEncoder,
+    ContextRules,
+    Episode,
+    EpisodeStart,
+    FailureLog,
+    FirstRow,
+    Limits,
+    PromptBuilder,
+    StopReason,
+    build_prompt,
+    check_first_row,
+    check_other_arguments,
+    check_text_episode_arguments,
+    describe_turn,
+    environment_options,
+    episode_row,
+    make_environment_pool,
+    parse_action,
+    parse_tagged_action,
+    placeholder_dataset,
+    play_episodes,
+)
+from .runs import summaries_as_json, summaries_from_json
+from .sampling import TurnSampler
+from .seams import SeamedGRPOTrainer
 
 
 logger = logging.getLogger(__name__)
@@ -83,7 +94,7 @@ class EPOTrainer(SeamedGRPOTrainer):
         model, reward_funcs, args, train_dataset, eval_dataset, …:
             As for [`~trl.GRPOTrainer`], with an [`EPOConfig`]. For text episodes the episode's return is a reward of
             its own, besides `reward_funcs` (weight 1), which are then optional and get the keyword argument
-            `episodes` (`list` of [`~trl_epo.episode.Episode`]). Every column of the dataset but `prompt`, `seed` and
+            `episodes` (`list` of [`~trl_epo.rollouts.episode.Episode`]). Every column of the dataset but `prompt`, `seed` and
             `environment` goes to the environment as `reset(options=…)`; `seed` is the reset seed, if there is
             such a column; `prompt`, if any, comes before the first observation.
         environment_factory (`Callable` or `dict[str, Callable]`, *optional*):
@@ -91,12 +102,12 @@ class EPOTrainer(SeamedGRPOTrainer):
             other is TRL's tool environment. With a dictionary each dataset row names its own in `environment`.
         action_parser (`Callable[[str], str | None]`, *optional*):
             Finds the action in the model's text; `None` is an invalid action. Defaults to
-            [`~trl_epo.rollout.parse_action`] or, where the default prompt of a window asks for the tags, to
-            [`~trl_epo.rollout.parse_tagged_action`].
+            [`~trl_epo.rollouts.rollout.parse_action`] or, where the default prompt of a window asks for the tags, to
+            [`~trl_epo.rollouts.rollout.parse_tagged_action`].
         prompt_builder (`Callable[[TurnView], str | list[dict]]`, *optional*):
             Makes a turn's prompt where a window is asked for (`EPOConfig.context`, `context_overflow`), as a user
-            message or as all messages. Defaults to [`~trl_epo.contexts.build_prompt`] and, where a transcript
-            overflows, to [`~trl_epo.contexts.describe_turn`].
+            message or as all messages. Defaults to [`~trl_epo.rollouts.contexts.build_prompt`] and, where a transcript
+            overflows, to [`~trl_epo.rollouts.contexts.describe_turn`].
 
     Raises:
         TypeError: If `args` is not an [`EPOConfig`].

@@ -17,12 +17,12 @@ from statistics import fmean
 from common import load, save_json, show
 from trl import TrlParser
 
-from trl_epo.chat import ChatEncoder
-from trl_epo.contexts import ContextRules
-from trl_epo.environment_pool import EnvironmentPool
 from trl_epo.envs.household import Household
-from trl_epo.generation import Sample
-from trl_epo.rollout import EpisodeStart, Limits, play_episodes
+from trl_epo.rollouts.chat import ChatEncoder
+from trl_epo.rollouts.contexts import ContextRules
+from trl_epo.rollouts.environment_pool import EnvironmentPool
+from trl_epo.rollouts.rollout import EpisodeStart, Limits, play_episodes
+from trl_epo.sampling.cached import Sample
 
 
 @dataclass

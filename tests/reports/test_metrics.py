@@ -1,0 +1,47 @@
+import pytest
+
+from trl_epo.reports.metrics import EpisodeSummary, episode_metrics
+from trl_epo.rollouts.episode import StopReason
+
+
+def summary(
+    success=None, task=None, episode_return=0.0, num_turns=1, invalid=0, stop=StopReason.TERMINATED, late=0, cut=0
+):
+    return EpisodeSummary(task, success, episode_return, num_turns, invalid, late, stop, num_cut_observations=cut)
+
+
+def test_hand_worked():
+    metrics = episode_metrics(
+        [
+            summary(True, "heat", 1.0, 4, 1),
+            summary(False, "heat", 0.0, 10, 3, StopReason.TRUNCATED, late=2),
+            summary(True, "clean", 1.0, 6, 0, cut=3),
+            summary(None, None, 0.5, 5, 1, StopReason.MAX_TURNS),
+            summary(True, "clean", 9.0, 90, 90, StopReason.FAILURE),
+        ]
+    )
+    assert metrics == {
+        "episode/success_rate": pytest.approx(2 / 3),
+        "episode/success_rate/clean": 1.0,
+        "episode/success_rate/heat": 0.5,
+        "episode/return": 2.5 / 4,
+        "episode/turns": 25 / 4,
+        "episode/invalid_actions": 5 / 25,
+        "episode/late_answers": 2 / 4,
+        "episode/cut_observations": 3 / 4,
+        "episode/stop/terminated": 0.4,
+        "episode/stop/truncated": 0.2,
+        "episode/stop/max_turns": 0.2,
+        "episode/stop/token_budget": 0.0,
+        "episode/stop/failure": 0.2,
+    }
+
+
+def test_no_success_told_and_one_task():
+    assert "episode/success_rate" not in episode_metrics([summary()])
+    assert "episode/success_rate/heat" not in episode_metrics([summary(True, "heat")])
+
+
+def test_nothing():
+    assert episode_metrics([]) == {}
+    assert episode_metrics([summary(stop=StopReason.FAILURE)])["episode/stop/failure"] == 1.0

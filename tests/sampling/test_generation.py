@@ -1,0 +1,387 @@
+"""The sampler with a cache across turns against the plain forward over the whole transcript."""
+
+import random
+
+import pytest
+import torch
+from conftest import make_model, shapes_read
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from transformers import (
+    AutoModelForCausalLM,
+    BloomConfig,
+    FalconConfig,
+    Gemma2Config,
+    Gemma3TextConfig,
+    GPT2Config,
+    GPTNeoConfig,
+    Lfm2Config,
+    LlamaConfig,
+    LogitsProcessorList,
+    MistralConfig,
+    Qwen2Config,
+)
+
+from trl_epo.sampling.cached import (
+    CachedTurnSampler,
+    RequestTurnSampler,
+    _draw,
+    make_logits_processors,
+    unfit_for_cached_sampler,
+)
+from trl_epo.sampling.kv_cache import EpisodeCache
+
+
+EOS, PAD = 2, 0
+
+
+class Greedy:
+    """Makes sampling deterministic: all probability on the best token."""
+
+    def __call__(self, history, scores):
+        return torch.full_like(scores, -float("inf")).scatter(1, scores.argmax(dim=1, keepdim=True), 0.0)
+
+
+class Never:
+    """Sampling in which a token never comes."""
+
+    def __init__(self, token):
+        self.token = token
+
+    def __call__(self, history, scores):
+        return scores.index_fill(1, torch.tensor([self.token]), -float("inf"))
+
+
+@pytest.fixture
+def model():
+    return make_model(vocab_size=50).eval()
+
+
+def sampler(model, processors, temperature=1.0):
+    return CachedTurnSampler(model, [EOS], PAD, temperature=temperature, processors=processors)
+
+
+def sample(sampler, new_ids, limit):
+    """One turn of each episode: `new_ids` by episode -> its sample by episode."""
+    for episode, ids in new_ids.items():
+        sampler.add(episode, ids, limit)
+    samples = {}
+    while sampler.is_busy:
+        samples.update(sampler.advance())
+    return samples
+
+
+def reference_turn(model, transcript, limit):
+    """Greedy decoding that reads the whole transcript for each token."""
+    ids, logprobs = [], []
+    while len(ids) < limit and (not ids or ids[-1] != EOS):
+        with torch.no_grad():
+            scores = model(torch.tensor([transcript + ids])).logits[0, -1].log_softmax(dim=-1)
+        ids.append(int(scores.argmax()))
+        logprobs.append(float(scores.max()))
+    return ids, logprobs
+
+
+class Playing:
+    """Plays scripted observations and checks every turn against the plain forward."""
+
+    def __init__(self, model, tokens=range(3, 50), seed=0, max_turn=8):
+        self.model, self.tokens, self.max_turn = model, tokens, max_turn
+        self.random = random.Random(seed)
+        self.transcripts = {}
+        self.limits = {}
+        self.worst = 0.0
+
+    def draw(self, lowest, highest):
+        return self.random.choices(self.tokens, k=self.random.randint(lowest, highest))
+
+    def ask(self, sampler, episode, new_ids):
+        self.transcripts.setdefault(episode, []).extend(new_ids)
+        self.limits[episode] = self.random.randint(1, self.max_turn)
+        sampler.add(episode, new_ids, self.limits[episode])
+
+    def check(self, episode, sample):
+        expected_ids, expected_logprobs = reference_turn(self.model, self.transcripts[episode], self.limits[episode])
+        assert sample.token_ids == expected_ids
+        worst = max(abs(a - b) for a, b in zip(sample.logprobs, expected_logprobs, strict=True))
+        self.worst = max(self.worst, worst)
+        self.transcripts[episode] += expected_ids
+
+
+def play(model, num_turns, prompts, max_concurrent, seed=0):
+    """Episodes of these numbers of turns, each begun when there is room; asks for turns when the sampler wants them."""
+    playing = Playing(model, seed=seed)
+    greedy = sampler(model, LogitsProcessorList([Greedy()]))
+    queue, left, waiting = list(range(len(num_turns))), dict(enumerate(num_turns)), []
+    num_open = 0
+    while queue or num_open:
+        while greedy.wants_turns and (waiting or (queue and num_open < max_concurrent)):
+            for episode in waiting:
+                playing.ask(greedy, episode, playing.draw(1, 9))
+            waiting = []
+            while queue and num_open < max_concurrent:
+                episode = queue.pop(0)
+                playing.ask(greedy, episode, prompts[episode])
+                num_open += 1
+        for episode, turn in greedy.advance():
+            playing.check(episode, turn)
+            left[episode] -= 1
+            if left[episode]:
+                waiting.append(episode)
+            else:
+                greedy.drop(episode)
+                num_open -= 1
+    return playing.worst
+
+
+def test_thirty_ragged_turns_equal_reading_the_transcript_again(model):
+    rng = random.Random(1)
+    prompts = [rng.choices(range(3, 50), k=k) for k in (7, 40, 11, 1, 5, 5)]
+    assert play(model, [30, 12, 30, 1, 9, 21], prompts, max_concurrent=6) < 1e-4
+
+
+@settings(max_examples=25)
+@given(
+    num_turns=st.lists(st.integers(1, 6), min_size=1, max_size=9),
+    groups=st.integers(1, 4),
+    max_concurrent=st.integers(1, 9),
+    seed=st.integers(0, 99),
+)
+def test_any_mixture_of_episodes_equals_reading_the_transcript_again(num_turns, groups, max_concurrent, seed):
+    model = make_model(vocab_size=50).eval()
+    rng = random.Random(seed)
+    prompts = [rng.choices(range(3, 50), k=rng.randint(1, 20)) for _ in range(groups)]
+    prompts = [prompts[episode * groups // len(num_turns)] for episode in range(len(num_turns))]
+    assert play(model, num_turns, prompts, max_concurrent, seed) < 1e-4
+
+
+@pytest.mark.parametrize(
+    "make_config",
+    [
+        lambda **sizes: Gemma3TextConfig(**sizes, head_dim=8, sliding_window=6),  # local and global layers
+        lambda **sizes: MistralConfig(**sizes, sliding_window=6),
+        lambda **sizes: Qwen2Config(**sizes),
+        lambda **sizes: LlamaConfig(**sizes, attn_implementation="eager"),
+        lambda **sizes: GPT2Config(vocab_size=50, n_embd=32, n_layer=2, n_head=4),  # learnt positions
+    ],
+    ids=["gemma3", "mistral", "qwen2", "eager", "gpt2"],
+)
+def test_other_architectures(make_config):
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 50, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 7}
+    sizes |= {"num_attention_heads": 4, "num_key_value_heads": 2, "bos_token_id": None, "eos_token_id": 2}
+    model = AutoModelForCausalLM.from_config(make_config(**sizes)).eval()
+    assert unfit_for_cached_sampler(model) is None
+    rng = random.Random(1)
+    prompts = [rng.choices(range(3, 50), k=k) for k in (7, 20, 3)]
+    assert play(model, [6, 3, 5], prompts, max_concurrent=2) < 1e-4
+
+
+def test_a_prompt_is_read_once_for_its_group(model):
+    with shapes_read(model) as read:
+        greedy = sampler(model, LogitsProcessorList([Greedy()]))
+        prompt = list(range(3, 43))
+        sample(greedy, dict.fromkeys(range(4), prompt), limit=1)
+        assert read == [(1, 39), (4, 1)]
+        # an episode that follows copies what a running one has read, or takes over what an ended one has
+        greedy.drop(2)
+        read.clear()
+        sample(greedy, {4: prompt}, limit=1)
+        assert read == [(1, 1)]
+        for episode in (0, 1, 3, 4):
+            greedy.drop(episode)
+        sample(greedy, {5: prompt}, limit=1)
+        assert read == [(1, 1), (1, 1)]
+
+
+def test_ended_episodes_leave_the_cache(model):
+    greedy = sampler(model, LogitsProcessorList([Greedy()]))
+    sample(greedy, {episode: [5, 6, episode + 3] for episode in range(8)}, limit=2)
+    assert greedy._cache.layers[0].keys.size(0) == 8
+    for episode in range(5):
+        greedy.drop(episode)
+    sample(greedy, {5: [7], 6: [7], 7: [7]}, limit=2)
+    assert greedy._cache.layers[0].keys.size(0) == 3
+
+
+@pytest.mark.parametrize(("num_rows", "remedy"), [(1000, "max_concurrent_episodes` below 1000"), (1, "Not even one")])
+def test_a_cache_that_does_not_fit_says_what_to_do(model, num_rows, remedy):
+    cache = EpisodeCache(num_layers=2, device=torch.device("cpu"))
+    cache.resize(num_rows)
+    cache.aim([0], torch.tensor([[1]]), extent=10**15 // num_rows)
+    with pytest.raises(MemoryError, match=remedy):
+        cache.update(torch.ones(1, 2, 1, 8), torch.ones(1, 2, 1, 8), layer_idx=0)
+
+
+def test_padding_is_not_read_when_lengths_differ_much(model):
+    with shapes_read(model) as read:
+        greedy = sampler(model, LogitsProcessorList([Greedy()]))
+        sample(greedy, {0: [5] * 900, 1: [6] * 30, 2: [7] * 25}, limit=1)
+        assert read == [(1, 899), (2, 29), (3, 1)]
+
+
+def test_after_turns_were_added_the_others_have_missed_nothing(model):
+    greedy = sampler(model, LogitsProcessorList([Never(EOS)]))
+    greedy.add(0, [5, 6], 1)
+    greedy.add(1, [5, 7], 50)
+    while not greedy.wants_turns:
+        greedy.advance()
+    greedy.add(0, [8], 1)
+    greedy.advance()
+    assert not greedy.wants_turns
+
+
+class TestDraw:
+    def test_never_a_token_of_probability_zero(self, monkeypatch):
+        for number, token in ((0.0, 2), (1.0 - 1e-16, 3)):
+            monkeypatch.setattr(torch, "rand", lambda *size, value=number, **kwargs: torch.full(size, value, **kwargs))
+            assert _draw(torch.tensor([[0.0, 0.0, 0.25, 0.75, 0.0]])).tolist() == [[token]]
+
+    def test_rows_need_not_sum_to_one(self):
+        torch.manual_seed(0)
+        drawn = _draw(torch.tensor([[0.001, 0.003]]).expand(4000, 2))
+        assert float(drawn.float().mean()) == pytest.approx(0.75, abs=0.03)
+
+    def test_a_model_that_diverged_is_an_error(self, model):
+        with torch.no_grad():
+            model.lm_head.weight.fill_(float("nan"))
+        with pytest.raises(RuntimeError, match="logits are not finite"):
+            sample(sampler(model, make_logits_processors()), {0: [5, 6]}, limit=2)
+
+
+def test_a_late_turn_does_not_hold_up_the_others(model):
+    greedy = sampler(model, LogitsProcessorList([Never(EOS)]))
+    greedy.add(0, [5, 6], 3)
+    greedy.add(1, [5, 7], 50)
+    finished = []
+    while not finished:
+        finished = greedy.advance()
+    assert finished[0][0] == 0  # episode 0 has its three tokens; 1 is at its third
+    assert not greedy.wants_turns
+    for _ in range(2):  # episode 0 has missed two tokens: two rows' worth
+        assert greedy.advance() == [] or greedy.wants_turns
+    assert greedy.wants_turns
+    greedy.add(0, [8], 1)
+    assert greedy.advance()[0][0] == 0
+
+
+def test_samples_from_the_models_distribution(model):
+    cached = sampler(model, make_logits_processors())
+    torch.manual_seed(0)
+    prompt = [5, 6, 7]
+    samples = sample(cached, dict.fromkeys(range(4000), prompt), limit=1).values()
+    with torch.no_grad():
+        logprobs = model(torch.tensor([prompt])).logits[0, -1].log_softmax(dim=-1)
+    counts = torch.bincount(torch.tensor([s.token_ids[0] for s in samples]), minlength=50)
+    torch.testing.assert_close(counts / 4000, logprobs.exp(), atol=0.015, rtol=0.0)
+    for s in list(samples)[:20]:
+        assert s.logprobs[0] == pytest.approx(float(logprobs[s.token_ids[0]]), abs=1e-5)
+
+
+def test_temperature_scales_the_logprobs(model):
+    processors = make_logits_processors(temperature=0.5)
+    drawn = sample(sampler(model, processors, temperature=0.5), {0: [5, 6, 7]}, limit=1)[0]
+    with torch.no_grad():
+        logprobs = (model(torch.tensor([[5, 6, 7]])).logits[0, -1] / 0.5).log_softmax(dim=-1)
+    assert drawn.logprobs[0] == pytest.approx(float(logprobs[drawn.token_ids[0]]), abs=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "allowed"),
+    [({"top_k": 3}, 3), ({"top_p": 1e-6}, 1), ({"min_p": 1.0}, 1)],
+)
+def test_top_k_top_p_min_p_restrict_the_choice(model, kwargs, allowed):
+    cached = sampler(model, make_logits_processors(**kwargs))
+    seen = {s.token_ids[0] for s in sample(cached, dict.fromkeys(range(200), [5, 6, 7]), limit=1).values()}
+    with torch.no_grad():
+        best = model(torch.tensor([[5, 6, 7]])).logits[0, -1].topk(allowed).indices.tolist()
+    assert seen <= set(best)
+
+
+def test_repetition_penalty_sees_the_episodes_own_tokens_only(model):
+    # A huge penalty forbids every token of the episode; padding must forbid nothing in the shorter one.
+    prompts = [list(range(3, 48)), [4]]
+    processors = make_logits_processors(repetition_penalty=1e6)
+    cached = sampler(model, LogitsProcessorList([*processors, Greedy()]))
+    cached.add(0, prompts[0], 1)
+    short = sample(cached, {1: prompts[1]}, limit=6)
+    long, short = short[0], short[1]
+    assert long.token_ids[0] not in prompts[0]
+    assert len(set(short.token_ids)) == len(short.token_ids)
+    with torch.no_grad():
+        logits = model(torch.tensor([[4]])).logits[0, -1]
+    logits[4] = torch.where(logits[4] < 0, logits[4] * 1e6, logits[4] / 1e6)
+    assert short.token_ids[0] == int(logits.argmax())
+
+
+def test_same_seed_same_samples(model):
+    def play():
+        torch.manual_seed(3)
+        cached = sampler(model, make_logits_processors())
+        return [sample(cached, {0: [5, 6], 1: [7]}, limit=5), sample(cached, {1: [9, 9]}, limit=5)]
+
+    assert play() == play()
+
+
+def test_temperature_may_be_a_whole_number(model):
+    processors = make_logits_processors(temperature=2)
+    assert len(sample(sampler(model, processors, temperature=2), {0: [5, 6]}, limit=2)[0].token_ids) <= 2
+
+
+def test_other_generation_settings(model):
+    allowed = {4, 7}
+    processors = make_logits_processors(suppress_tokens=[t for t in range(50) if t not in allowed])
+    seen = sample(sampler(model, processors), dict.fromkeys(range(20), [5]), limit=5)
+    assert {token for drawn in seen.values() for token in drawn.token_ids} == allowed
+    processors = make_logits_processors(no_repeat_ngram_size=1)
+    ids = sample(sampler(model, processors), {0: [5, 6]}, limit=40)[0].token_ids
+    assert len(set(ids) | {5, 6}) == len(ids) + 2
+
+
+def test_unknown_generation_setting_is_refused():
+    with pytest.raises(ValueError, match=r"cannot honour the generation settings \['num_beams'\]"):
+        make_logits_processors(num_beams=4)
+
+
+@pytest.mark.parametrize(
+    ("config", "reason"),
+    [
+        (LlamaConfig(), None),
+        (Gemma2Config(attn_implementation="eager"), None),
+        (LlamaConfig(attn_implementation="flex_attention"), "flex_attention"),
+        (BloomConfig(), "position_ids"),
+        (FalconConfig(alibi=True), "of its own"),
+        (GPTNeoConfig(), "of its own"),
+        (Lfm2Config(layer_types=["conv", "full_attention"], num_hidden_layers=2), "conv"),
+    ],
+)
+def test_models_that_do_not_fit(config, reason):
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    unfit = unfit_for_cached_sampler(model)
+    assert (unfit is None) if reason is None else reason in unfit
+
+
+@pytest.mark.parametrize("answer", [[[1], []], [[1]]])
+def test_backend_that_loses_a_request(answer):
+    requests = RequestTurnSampler(lambda prompts, limit: (answer, None))
+    with pytest.raises(RuntimeError, match="answered 2 prompts"):
+        sample(requests, {0: [1], 1: [2]}, limit=3)
+
+
+def test_requests_carry_the_whole_transcript():
+    asked = []
+
+    def generate(prompts, max_new_tokens):
+        asked.append((prompts, max_new_tokens))
+        return [[10, 11, 12]] * len(prompts), None
+
+    requests = RequestTurnSampler(generate)
+    requests.add(0, [1], 3)
+    requests.add(1, [2], 2)
+    samples = dict(requests.advance())
+    assert samples[0].token_ids == [10, 11, 12]
+    assert samples[1].token_ids == [10, 11]  # cut to its own limit
+    requests.drop(0)
+    sample(requests, {1: [5]}, limit=3)
+    assert asked == [([[1], [2]], 3), ([[2, 10, 11, 5]], 3)]

@@ -1,0 +1,13 @@
+"""
+Rewards to advantages.
+
+In: episodes with their rewards. Out: an advantage for each action token, (B, T), and the critic's loss.
+Imports: runs (sharded critics), rollouts, entropy, config, batches. Open first: `advantages.py`, the estimators as pure
+functions; `assigner.py` applies them to batches, `critic.py` is PPO's.
+"""
+
+from .assigner import CreditAssigner
+from .critic import Critic, TrainCritic, make_critic
+
+
+__all__ = ["CreditAssigner", "Critic", "TrainCritic", "make_critic"]

@@ -1,0 +1,78 @@
+"""What is logged about episodes and entropies."""
+
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from ..rollouts import Episode, StopReason
+
+
+@dataclass(frozen=True)
+class EpisodeSummary:
+    """What is needed of an episode for metrics; small, so that processes can exchange it."""
+
+    task: str | None
+    success: bool | None
+    episode_return: float
+    num_turns: int
+    num_invalid_actions: int
+    num_late_answers: int
+    stop_reason: StopReason
+    row: int = 0  # which row of an evaluation set it is an episode of
+    num_cut_observations: int = 0
+
+    @classmethod
+    def of(cls, episode: Episode, row: int = 0) -> "EpisodeSummary":
+        return cls(
+            task=episode.task,
+            success=episode.success,
+            episode_return=episode.episode_return,
+            num_turns=len(episode.turns),
+            num_invalid_actions=episode.num_invalid_actions,
+            num_late_answers=episode.num_late_answers,
+            stop_reason=episode.stop_reason,
+            row=row,
+            num_cut_observations=episode.num_cut_observations,
+        )
+
+
+def episode_metrics(summaries: Sequence[EpisodeSummary]) -> dict[str, float]:
+    """
+    Metrics over a set of episodes. Failed episodes count in `episode/stop/failure` only.
+
+    Returns:
+        `dict[str, float]`:
+            `episode/success_rate` and, with several tasks, `episode/success_rate/<task>` (fractions of the episodes
+            whose environment tells); `episode/return` (mean undiscounted return, without penalties); `episode/turns`
+            (mean); `episode/invalid_actions` (fraction of actions); `episode/late_answers`
+            (mean number of answers that generation did not wait for); `episode/cut_observations` (mean number of
+            observations that were too long); `episode/stop/<reason>` (fraction of episodes).
+    """
+    if not summaries:
+        return {}
+    metrics = {}
+    played = [summary for summary in summaries if summary.stop_reason is not StopReason.FAILURE]
+    judged = [summary for summary in played if summary.success is not None]
+    if judged:
+        metrics["episode/success_rate"] = _mean([summary.success for summary in judged])
+        by_task = defaultdict(list)
+        for summary in judged:
+            if summary.task is not None:
+                by_task[summary.task].append(summary.success)
+        if len(by_task) > 1:
+            for task in sorted(by_task):
+                metrics[f"episode/success_rate/{task}"] = _mean(by_task[task])
+    if played:
+        metrics["episode/return"] = _mean([summary.episode_return for summary in played])
+        metrics["episode/turns"] = _mean([summary.num_turns for summary in played])
+        num_actions = sum(summary.num_turns for summary in played)
+        metrics["episode/invalid_actions"] = sum(s.num_invalid_actions for s in played) / max(num_actions, 1)
+        metrics["episode/late_answers"] = _mean([summary.num_late_answers for summary in played])
+        metrics["episode/cut_observations"] = _mean([summary.num_cut_observations for summary in played])
+    for reason in StopReason:
+        metrics[f"episode/stop/{reason.value}"] = _mean([s.stop_reason is reason for s in summaries])
+    return metrics
+
+
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values)

@@ -1,0 +1,45 @@
+"""
+Environments to episodes.
+
+In: dataset rows, environments, a sampler of turns. Out: `Episode`s, and a batch of them as rows of tokens.
+Imports: sampling and what is below; knows no trainer. Open first: `episode.py`, then `rollout.py` (the loop over turns) and `player.py`
+(batches and panels, over all processes).
+"""
+
+from .argument_checks import check_other_arguments, check_text_episode_arguments
+from .chat import ChatEncoder
+from .contexts import ContextRules, PastTurn, PromptBuilder, TurnView, build_prompt, describe_turn
+from .dataset_rows import FirstRow, check_first_row, environment_options, placeholder_dataset
+from .environment_pool import make_environment_pool
+from .episode import Episode, StopReason, Turn, episode_row
+from .failures import FailureLog
+from .rollout import ActionParser, EpisodeStart, Limits, parse_action, parse_tagged_action, play_episodes
+
+
+__all__ = [
+    "ActionParser",
+    "ChatEncoder",
+    "ContextRules",
+    "Episode",
+    "EpisodeStart",
+    "FailureLog",
+    "FirstRow",
+    "Limits",
+    "PastTurn",
+    "PromptBuilder",
+    "StopReason",
+    "Turn",
+    "TurnView",
+    "build_prompt",
+    "check_first_row",
+    "check_other_arguments",
+    "check_text_episode_arguments",
+    "describe_turn",
+    "environment_options",
+    "episode_row",
+    "make_environment_pool",
+    "parse_action",
+    "parse_tagged_action",
+    "placeholder_dataset",
+    "play_episodes",
+]

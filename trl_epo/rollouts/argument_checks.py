@@ -1,0 +1,51 @@
+"""Arguments of `EPOTrainer` that do not go together, found before anything is loaded."""
+
+from collections.abc import Callable, Sequence
+
+from ..config import EPOConfig
+from ..sampling import make_logits_processors
+
+
+def check_text_episode_arguments(args: EPOConfig, tools: Sequence | None, rollout_func: Callable | None) -> None:
+    """Raise a `ValueError` that names what cannot be used with text episodes."""
+    if rollout_func is not None:
+        raise ValueError("Give either `rollout_func` or a text environment: the latter has its own rollouts.")
+    if tools:
+        raise ValueError(
+            "`tools` cannot be used with a text environment, whose actions are plain text. Make the "
+            "environment a TRL tool environment (methods instead of `step`), or leave `tools` out."
+        )
+    generation_kwargs = args.generation_kwargs or {}
+    if not (args.use_vllm or args.use_transformers_continuous_batching):
+        make_logits_processors(**generation_kwargs)  # raises if it cannot honour them
+    elif clash := {"n", "logprobs", "max_tokens", "max_new_tokens"} & generation_kwargs.keys():
+        raise ValueError(
+            f"`generation_kwargs` sets {sorted(clash)}, which a text episode sets for each of its turns. Leave "
+            "them out; `max_turn_length` limits a turn."
+        )
+    if args.loss_type == "dr_grpo" and args.max_completion_length is None:
+        raise ValueError(
+            "`loss_type='dr_grpo'` divides by `max_completion_length`, which is not set: give the longest "
+            "episode in tokens, observations included."
+        )
+    if args.use_vllm and args.world_size > 1 and (args.vllm_mode == "server" or args.vllm_tensor_parallel_size > 1):
+        raise ValueError(
+            "Text episodes on several processes cannot share a vLLM engine: TRL wants equally many requests from "
+            "each, but episodes end at different turns. Use `vllm_mode='colocate'` with "
+            "`vllm_tensor_parallel_size=1`."
+        )
+    if not args.ds3_gather_for_generation and not args.use_vllm and args.world_size > 1:
+        raise ValueError(
+            "`ds3_gather_for_generation=False` makes every process call the model equally often, but text "
+            "episodes end at different turns. Leave it `True`, or use vLLM."
+        )
+
+
+def check_other_arguments(args: EPOConfig) -> None:
+    """Raise a `ValueError` that names what is for text episodes only."""
+    if args.advantage_estimator != "grpo" or args.filter_zero_variance_groups or args.context != "transcript":
+        raise ValueError(
+            f"`advantage_estimator={args.advantage_estimator!r}`, `filter_zero_variance_groups="
+            f"{args.filter_zero_variance_groups!r}` and `context={args.context!r}` are for text episodes, but there "
+            "is no text environment. Give an `environment_factory`, or leave them at 'grpo', None and 'transcript'."
+        )

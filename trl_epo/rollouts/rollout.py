@@ -1,0 +1,397 @@
+"""Episodes × turns: text environments played by a turn sampler. Knows no trainer and no torch.distributed."""
+
+import logging
+import math
+import re
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ALL_COMPLETED, FIRST_COMPLETED, Future, wait
+from dataclasses import dataclass, field
+from typing import Any
+
+from ..sampling import Sample, TurnSampler
+from ..text import info_taken_in, name_of, taken_in
+from .contexts import ContextRules, NextTurn, PastTurn, TurnView
+from .environment_pool import EnvironmentPool, EnvironmentWorker
+from .episode import Episode, StopReason, Turn
+from .failures import BadInput, Failure, FailureKind, kind_of
+
+
+logger = logging.getLogger(__name__)
+
+ActionParser = Callable[[str], str | None]
+
+NO_PROMPT = [{"role": "user", "content": ""}]  # of an episode that failed before it had one
+
+_ACTION_TAG = re.compile(r"<action>(.*?)</action>", re.DOTALL)
+
+
+def parse_action(text: str) -> str | None:
+    """
+    The default action parser: what stands inside the last `<action>…</action>`, else the whole text.
+
+    Returns `None`, an invalid action, when that is empty.
+
+    >>> parse_action("<think>The key!</think><action>take key</action>")
+    'take key'
+    >>> parse_action("take key")
+    'take key'
+    """
+    tagged = _ACTION_TAG.findall(text)
+    return (tagged[-1] if tagged else text).strip() or None
+
+
+def parse_tagged_action(text: str) -> str | None:
+    """
+    The paper's action parser: what stands inside the last `<action>…</action>`; without the tags there is no action.
+
+    >>> parse_tagged_action("take key") is None
+    True
+    """
+    return parse_action(text) if _ACTION_TAG.search(text) else None
+
+
+@dataclass(frozen=True)
+class EpisodeStart:
+    """
+    Where an episode begins.
+
+    Args:
+        prompt (`list[dict]`): Messages before the first observation; may be empty.
+        seed (`int`): For `reset(seed=…)`.
+        options (`dict`): For `reset(options=…)`: the dataset row.
+        environment (`str` or `None`): Which environment factory it uses.
+    """
+
+    prompt: list[dict[str, Any]]
+    seed: int
+    options: dict[str, Any]
+    environment: str | None = None
+
+
+@dataclass(frozen=True)
+class Limits:
+    """
+    What bounds episodes.
+
+    Args:
+        max_turns (`int`): Actions per episode.
+        max_turn_length (`int`): New tokens per action.
+        max_concurrent_episodes (`float`): Episodes that are played at once.
+        patience (`float`): How long generation waits for an environment's answer before it goes on without, in seconds.
+        max_retries (`int`): How often an episode whose environment fails is played again.
+        max_observation_length (`int` or `None`): Longest observation, in characters; longer ones are cut.
+    """
+
+    max_turns: int
+    max_turn_length: int
+    max_concurrent_episodes: float = math.inf
+    patience: float = math.inf
+    max_retries: int = 0
+    max_observation_length: int | None = None
+
+
+@dataclass
+class _Playing:
+    """An episode that is still being played."""
+
+    start: EpisodeStart
+    worker: EnvironmentWorker | None = None
+    prompt: list[dict[str, Any]] = field(default_factory=list)
+    prompt_ids: tuple[int, ...] = ()
+    turns: list[Turn] = field(default_factory=list)
+    first_observation: str = ""
+    context: list[int] = field(default_factory=list)  # all tokens of the present context up to the last action
+    context_prompt_length: int = 0  # how many of them were its first prompt
+    next_turn: NextTurn | None = None  # what comes before the next action
+    sample: Sample | None = None  # the action that the environment is to answer; None: `reset`
+    text: str = ""
+    action: str | None = None
+    not_understood: bool = False  # the environment says so of the last action
+    success: bool | None = None
+    task: str | None = None
+    num_late_answers: int = 0
+    num_cut_observations: int = 0
+    stop_reason: StopReason | None = None
+    failures: tuple[Failure, ...] = ()
+    deadline: float = math.inf  # when the environment must have answered, on the clock of `time.monotonic`
+
+    def reset(self, pool: EnvironmentPool) -> Future:
+        """Ask an environment for the first observation: a new one, if another has failed."""
+        try:
+            self.worker = pool.take(self.start.environment, fresh=bool(self.failures))
+        except KeyError:
+            return _failed(
+                BadInput(
+                    f"The dataset row has `environment={self.start.environment!r}`, but must name one of {pool.names}."
+                )
+            )
+        self.deadline = time.monotonic() + pool.timeout
+        return self.worker.reset(self.start.seed, self.start.options)
+
+    def ask(self, index: int, sampler: TurnSampler, limits: Limits) -> None:
+        """Ask the sampler for the next action."""
+        new_ids, starts_context, room = self.next_turn
+        if starts_context:
+            kept = _num_equal(self.context, new_ids)
+            if self.context:
+                sampler.rewind(index, kept)
+            self.context, self.context_prompt_length = list(new_ids), len(new_ids)
+            new_ids = new_ids[kept:]
+        else:
+            self.context += new_ids
+        sampler.add(index, new_ids, min(limits.max_turn_length, room))
+
+    def act(self, sample: Sample, rules: ContextRules, action_parser: ActionParser, pool: EnvironmentPool) -> Future:
+        """Ask the environment to answer the sampled action."""
+        self.sample = sample
+        self.context += sample.token_ids
+        self.text = rules.chat.tokenizer.decode(sample.token_ids, skip_special_tokens=True)
+        try:
+            self.action = action_parser(self.text)
+        except Exception as error:
+            bad = BadInput(f"The action parser raised {type(error).__name__}: {error}")
+            bad.__cause__ = error
+            return _failed(bad)
+        self.deadline = time.monotonic() + pool.timeout
+        return self.worker.step(
+            self.action or ""
+        )  # no action is an empty one: the environment answers in its own words
+
+    def give_up_waiting(self, pool: EnvironmentPool) -> Future:
+        """The environment has not answered in time: let go of it."""
+        error = pool.no_answer(self.worker.is_starting)
+        pool.discard(self.worker)
+        self.worker = None
+        return _failed(error)
+
+    def take_answer(self, answer: Future, rules: ContextRules, limits: Limits) -> None:
+        """Note what the environment answered, and prepare the next turn or stop."""
+        kind = None
+        try:
+            observation, *verdict, info = answer.result()
+            kind = FailureKind.INVALID_ANSWER
+            observation, info = self._take_in(observation, info, limits)
+            kind = FailureKind.INPUT
+            if self.sample is None:
+                self._begin(observation, info, rules)
+            else:
+                self._note_turn(observation, *verdict, info, rules, limits)
+        except Exception as error:
+            kind = kind or kind_of(error)
+            action = None if self.sample is None else self.action
+            self.failures += (Failure.of(kind, error, len(self.turns), action),)
+            self.stop_reason = StopReason.FAILURE
+            self.prompt = self.prompt or NO_PROMPT
+
+    def may_be_played_again(self, limits: Limits) -> bool:
+        """Whether a failed episode gets another try."""
+        last = self.failures[-1]
+        retry = last.kind.may_pass and len(self.failures) <= limits.max_retries
+        logger.warning("An episode failed and is %s: %s", "played again" if retry else "left out", last)
+        return retry
+
+    def again(self) -> "_Playing":
+        """The same episode, from its start."""
+        return _Playing(self.start, failures=self.failures, num_late_answers=self.num_late_answers)
+
+    def _begin(self, observation: str, info: dict[str, Any], rules: ContextRules) -> None:
+        self.first_observation = observation
+        self.prompt, self.next_turn = rules.first(self.start.prompt, observation, info)
+        self.prompt_ids = tuple(self.next_turn.new_ids)
+
+    def _note_turn(
+        self,
+        observation: str,
+        reward: float,
+        terminated: bool,
+        truncated: bool,
+        info: dict[str, Any],
+        rules: ContextRules,
+        limits: Limits,
+    ) -> None:
+        token_ids, logprobs = self.sample
+        is_first = not self.turns
+        self.turns.append(
+            Turn(
+                observation_ids=() if is_first else tuple(self.next_turn.new_ids),
+                action_ids=tuple(token_ids),
+                logprobs=None if logprobs is None else tuple(logprobs),
+                text=self.text,
+                action=self.action,
+                invalid=self.action is None or self.not_understood,
+                observation=observation,
+                reward=reward,
+                starts_context=not is_first and self.next_turn.starts_context,
+            )
+        )
+        if terminated:
+            self.stop_reason = StopReason.TERMINATED
+        elif truncated:
+            self.stop_reason = StopReason.TRUNCATED
+        elif len(self.turns) == limits.max_turns:
+            self.stop_reason = StopReason.MAX_TURNS
+        else:
+            turn = TurnView(self.start.prompt, self.first_observation, len(self.turns), (), observation, info)
+            self.next_turn = rules.next(self.context, self.context_prompt_length, turn, self._past_turns())
+            if self.next_turn is None:
+                self.stop_reason = StopReason.TOKEN_BUDGET
+
+    def _past_turns(self) -> list[PastTurn]:
+        observations = [self.first_observation, *(turn.observation for turn in self.turns)]
+        return [
+            PastTurn(observation, turn.text, turn.action or turn.text)
+            for observation, turn in zip(observations, self.turns, strict=False)
+        ]
+
+    def _take_in(self, observation: str, info: dict[str, Any], limits: Limits) -> tuple[str, dict[str, Any]]:
+        """Note what an environment tells in `info`; return its texts as they are kept: encodable, and not too long."""
+        length = limits.max_observation_length
+        self.num_cut_observations += length is not None and len(observation) > length
+        success = info.get("success")
+        task = self.start.options.get("task") or info.get("task")
+        self.success = None if success is None else bool(success)
+        self.not_understood = bool(info.get("invalid_action", False))
+        self.task = None if task is None else name_of(task)
+        return taken_in(observation, length), info_taken_in(info, length)
+
+    def leave(self, pool: EnvironmentPool) -> None:
+        """Let go of the environment, which is used again if the episode came to an end of its own."""
+        if self.worker is None:
+            return
+        if self.stop_reason in (None, StopReason.FAILURE):
+            pool.discard(self.worker)
+        else:
+            pool.give_back(self.start.environment, self.worker)
+        self.worker = None
+
+    def finish(self) -> Episode:
+        return Episode(
+            prompt=self.prompt,
+            prompt_ids=self.prompt_ids,
+            turns=tuple(self.turns),
+            stop_reason=self.stop_reason,
+            success=self.success,
+            task=self.task,
+            environment=self.start.environment,
+            options=self.start.options,
+            seed=self.start.seed,
+            num_late_answers=self.num_late_answers,
+            failures=self.failures,
+            first_observation=self.first_observation,
+            num_cut_observations=self.num_cut_observations,
+        )
+
+
+def play_episodes(
+    starts: Sequence[EpisodeStart],
+    pool: EnvironmentPool,
+    rules: ContextRules,
+    sampler: TurnSampler,
+    limits: Limits,
+    action_parser: ActionParser = parse_action,
+) -> list[Episode]:
+    """
+    Play one episode from each start, many of them at once. `rules` say what the model sees before each action.
+
+    Environments answer on threads of their own while the sampler goes on with other episodes. What is sampled together
+    depends on the episodes alone, not on how fast they answer, as long as each answer takes at most
+    `limits.patience`; later ones join when they come, and are counted.
+
+    An environment that raises, dies, answers something other than the contract says, or gives no answer within
+    `pool.timeout`, costs its own episode. The environment is replaced and the episode played again from its start; after
+    `limits.max_retries` times it ends with [`StopReason.FAILURE`]. What went wrong is in `Episode.failures`.
+
+    Returns:
+        `list[Episode]`: In the order of `starts`.
+    """
+    episodes = [_Playing(start) for start in starts]
+    try:
+        _play(episodes, pool, rules, sampler, limits, action_parser)
+    finally:
+        for episode in episodes:  # after an interruption some still have their environments
+            episode.leave(pool)
+    return [episode.finish() for episode in episodes]
+
+
+def _play(
+    episodes: list[_Playing],
+    pool: EnvironmentPool,
+    rules: ContextRules,
+    sampler: TurnSampler,
+    limits: Limits,
+    action_parser: ActionParser,
+) -> None:
+    queue = deque(range(len(episodes)))
+    answers: dict[int, Future] = {}  # by episode: what its environment has been asked
+    late: set[int] = set()  # generation does not wait for these answers any more
+    num_open = 0
+    while queue or num_open:
+        while sampler.wants_turns:
+            while queue and num_open < limits.max_concurrent_episodes:
+                index = queue.popleft()
+                answers[index] = episodes[index].reset(pool)
+                num_open += 1
+            _wait(episodes, answers, answers.keys() - late, time.monotonic() + limits.patience, pool)
+            if not sampler.is_busy:
+                _wait(episodes, answers, answers.keys(), math.inf, pool, FIRST_COMPLETED)
+            answered = sorted(index for index, answer in answers.items() if answer.done())
+            for index in answers.keys() - late - set(answered):
+                episodes[index].num_late_answers += 1
+            late = answers.keys() - answered
+            if not answered:
+                break
+            for index in answered:
+                episode = episodes[index]
+                episode.take_answer(answers.pop(index), rules, limits)
+                if episode.stop_reason is None:
+                    episode.ask(index, sampler, limits)
+                    continue
+                sampler.drop(index)
+                episode.leave(pool)
+                if episode.stop_reason is StopReason.FAILURE and episode.may_be_played_again(limits):
+                    episodes[index] = episode.again()
+                    answers[index] = episodes[index].reset(pool)
+                else:
+                    num_open -= 1
+        for index, sample in sampler.advance() if sampler.is_busy else ():
+            answers[index] = episodes[index].act(sample, rules, action_parser, pool)
+
+
+def _wait(
+    episodes: list[_Playing],
+    answers: dict[int, Future],
+    wanted: Iterable[int],
+    end: float,
+    pool: EnvironmentPool,
+    return_when: str = ALL_COMPLETED,
+) -> None:
+    """Wait until `end` for answers that are `wanted`; those that pass their deadline meanwhile become failures."""
+    while (now := time.monotonic()) < end and not _is_enough([answers[index] for index in wanted], return_when):
+        deadlines = [episodes[index].deadline for index, answer in answers.items() if not answer.done()]
+        next_deadline = min(deadlines, default=math.inf)
+        seconds = min(end - now, next_deadline - now, threading.TIMEOUT_MAX)
+        wait([answers[index] for index in wanted], max(seconds, 0.0), return_when)
+        now = time.monotonic()
+        for index, answer in answers.items():
+            if not answer.done() and episodes[index].deadline <= now:
+                answers[index] = episodes[index].give_up_waiting(pool)
+
+
+def _is_enough(answers: list[Future], return_when: str) -> bool:
+    done = [answer.done() for answer in answers]
+    return all(done) or (return_when == FIRST_COMPLETED and any(done))
+
+
+def _failed(error: Exception) -> Future:
+    future = Future()
+    future.set_exception(error)
+    return future
+
+
+def _num_equal(old: list[int], new: list[int]) -> int:
+    """How many tokens two contexts have in common at their beginning; one of `new` is left to be read."""
+    limit = min(len(old), len(new) - 1)
+    return next((index for index in range(limit) if old[index] != new[index]), limit)

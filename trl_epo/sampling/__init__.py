@@ -1,0 +1,22 @@
+"""
+Tokens of turns.
+
+In: a model and the tokens that it is to read. Out: a turn's sampled tokens and their log-probs. Knows no episode and no environment.
+Imports: batches. Open first: `turns.py`, what a sampler is; `cached.py` keeps keys and values over turns, `requests.py` asks for
+each turn anew (vLLM).
+"""
+
+from .cached import CachedTurnSampler, unfit_for_cached_sampler
+from .processors import make_logits_processors
+from .requests import RequestTurnSampler
+from .turns import Sample, TurnSampler
+
+
+__all__ = [
+    "CachedTurnSampler",
+    "RequestTurnSampler",
+    "Sample",
+    "TurnSampler",
+    "make_logits_processors",
+    "unfit_for_cached_sampler",
+]

@@ -1,0 +1,53 @@
+"""Turns as requests of their own."""
+
+from collections.abc import Callable, Sequence
+
+from .turns import Sample
+
+
+class RequestTurnSampler:
+    """
+    Samples each turn as a request of its own, the whole transcript as the prompt: for vLLM, whose prefix cache makes
+    that cheap, for transformers' continuous batching, and for models that [`CachedTurnSampler`] does not fit.
+
+    Args:
+        generate (`Callable`): `(prompts, max_new_tokens) -> (token ids, log-probs or None)`, each a list by prompt.
+    """
+
+    wants_turns = True  # a batch of requests is answered all at once
+
+    def __init__(self, generate: Callable[[list[list[int]], int], tuple[list[list[int]], list[list[float]] | None]]):
+        self._generate = generate
+        self._transcripts: dict[int, list[int]] = {}
+        self._asked: dict[int, int] = {}  # by episode: the turn's limit
+
+    def add(self, episode: int, new_ids: Sequence[int], max_new_tokens: int) -> None:
+        self._transcripts.setdefault(episode, []).extend(new_ids)
+        self._asked[episode] = max_new_tokens
+
+    def rewind(self, episode: int, num_tokens: int) -> None:
+        del self._transcripts[episode][num_tokens:]
+
+    def drop(self, episode: int) -> None:
+        self._transcripts.pop(episode, None)
+
+    @property
+    def is_busy(self) -> bool:
+        return bool(self._asked)
+
+    def advance(self) -> list[tuple[int, Sample]]:
+        asked, self._asked = self._asked, {}
+        prompts = [list(self._transcripts[episode]) for episode in asked]
+        # One limit for the batch: a row that may take fewer tokens is cut to its own.
+        token_ids, logprobs = self._generate(prompts, max(asked.values()))
+        if len(token_ids) != len(prompts) or not all(token_ids):
+            raise RuntimeError(
+                f"The generation backend answered {len(prompts)} prompts with {len(token_ids)} completions, of which "
+                f"{sum(not ids for ids in token_ids)} are empty; see its own log for the reason."
+            )
+        finished = []
+        for row, (episode, limit) in enumerate(asked.items()):
+            sampled = token_ids[row][:limit]
+            self._transcripts[episode] += sampled
+            finished.append((episode, Sample(sampled, logprobs[row][:limit] if logprobs is not None else None)))
+        return finished

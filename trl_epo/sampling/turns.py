@@ -1,0 +1,44 @@
+"""What a rollout needs of a generation backend."""
+
+from collections.abc import Sequence
+from typing import NamedTuple, Protocol
+
+
+class Sample(NamedTuple):
+    """
+    The tokens sampled for one turn of one episode.
+
+    Args:
+        token_ids (`list[int]`): At least one token; ends with an end-of-turn token unless cut by the limit.
+        logprobs (`list[float]` or `None`): Their log-probabilities at the sampling temperature, in nats.
+    """
+
+    token_ids: list[int]
+    logprobs: list[float] | None
+
+
+class TurnSampler(Protocol):
+    """What a rollout needs of a generation backend. Episodes are numbered by the caller."""
+
+    def add(self, episode: int, new_ids: Sequence[int], max_new_tokens: int) -> None:
+        """
+        Ask for the next turn of an episode. `new_ids` are the tokens that follow its last sampled one; those of an
+        episode that is new, its prompt. `max_new_tokens` limits the turn.
+        """
+
+    def rewind(self, episode: int, num_tokens: int) -> None:
+        """Forget all of an episode's tokens but the first `num_tokens`; new ones follow these."""
+
+    def drop(self, episode: int) -> None:
+        """The episode has ended."""
+
+    def advance(self) -> list[tuple[int, Sample]]:
+        """Sample for a while; the turns that were finished, by episode."""
+
+    @property
+    def is_busy(self) -> bool:
+        """Whether there are turns to sample."""
+
+    @property
+    def wants_turns(self) -> bool:
+        """Whether now is the time to ask for more turns; depends on numbers of tokens only, never on the clock."""

@@ -1,0 +1,517 @@
+"""
+Every private name of TRL that this package relies on, and nothing else; those of faults and checkpoints are in
+`_fault_seams.py`.
+
+`SeamedGRPOTrainer` turns them into a few methods with names of their own, which `EPOTrainer` overrides. The list
+`SIGNATURES` is checked against the installed TRL by `tests/seams/test_trl_seams.py`.
+"""
+
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any
+
+import torch
+from accelerate.utils import gather, is_peft_model, set_seed
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from transformers import PreTrainedModel
+from transformers.utils import logging
+from trl.models import unwrap_model_for_generation
+from trl.trainer import grpo_trainer
+from trl.trainer import utils as trl_utils
+from trl.trainer.utils import RepeatSampler, pad
+
+from ..batches import equal_number_of_forwards, score_tokens
+from ..runs import called_alone, check_rollouts, keep_output_precision, set_timeout, shards_with_zero3
+from ..sampling import (
+    CachedTurnSampler,
+    RequestTurnSampler,
+    TurnSampler,
+    make_logits_processors,
+    unfit_for_cached_sampler,
+)
+from ..text import printable_parts
+from .checkpoints import FaultTolerantGRPOTrainer, replaced
+
+
+logger = logging.get_logger(__name__)
+
+# Name of each GRPOTrainer method that is overridden or called -> its parameters.
+SIGNATURES = {
+    "_get_per_token_logps_and_entropies": (
+        "self",
+        "model",
+        "input_ids",
+        "attention_mask",
+        "logits_to_keep",
+        "batch_size",
+        "compute_entropy",
+        "compute_aux_loss",
+        "pixel_values",
+        "image_grid_thw",
+        "num_images",
+        "pixel_attention_mask",
+        "spatial_shapes",
+        "num_tiles",
+        "image_sizes",
+        "token_type_ids",
+        "mm_token_type_ids",
+        "image_position_ids",
+    ),
+    "_generate_and_score_completions": ("self", "inputs"),
+    "_generate": ("self", "prompts"),
+    "_generate_single_turn": (
+        "self",
+        "prompt_ids",
+        "images",
+        "multimodal_fields",
+        "num_generations",
+        "has_tool_images",
+    ),
+    "_calculate_rewards": ("self", "inputs", "prompts", "completions", "completion_ids_list"),
+    "_prepare_inputs": ("self", "generation_batch"),
+    "_get_train_sampler": ("self", "dataset"),
+    "_get_eval_sampler": ("self", "eval_dataset"),
+    "create_accelerator_and_postprocess": ("self",),
+    "prediction_step": ("self", "model", "inputs", "prediction_loss_only", "ignore_keys"),
+    "compute_loss": ("self", "model", "inputs", "return_outputs", "num_items_in_batch"),
+    "log": ("self", "logs", "start_time"),
+}
+# Arguments of GRPOConfig that GRPOTrainer keeps as attributes and that make up the sampling distribution.
+SAMPLING_SETTINGS = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
+# Attributes that GRPOTrainer.__init__ sets and this module reads or sets.
+ATTRIBUTES = (
+    "_entropy_bonus_enabled",
+    "_metrics",
+    "_step",
+    "_last_loaded_step",
+    "_tokenizer",
+    "eos_token_ids",
+    "rollout_func",
+    "reward_funcs",
+    "reward_func_names",
+    "reward_processing_classes",
+    "reward_weights",
+    "tools",
+    "chat_template",
+    "chat_template_kwargs",
+    "max_completion_length",
+    "temperature",
+    "generation_config",
+    "generation_kwargs",
+    "vllm_generation",
+    "num_generations",
+    "num_generations_eval",
+)
+
+# Tokens of the vocabulary that TRL's fused head takes at once on a CPU, instead of its `_CHUNKED_LOGPROB_CHUNK_SIZE`. It
+# takes up to 4,096 positions, so an intermediate result has at most 16 MB, which malloc keeps for the next one. Above
+# 32 MB glibc asks the system for new pages each time, which costs as much as the head itself.
+CPU_HEAD_TILE = 1024
+
+
+class ResumableRepeatSampler(RepeatSampler):
+    """TRL's sampler, whose order of rows in an epoch does not depend on whether training was resumed before it."""
+
+    def set_epoch(self, epoch: int) -> None:
+        """Called by the data loader when an epoch begins; brings the generator to where that epoch finds it."""
+        if self.shuffle:
+            self.generator.manual_seed(self.seed)
+            for _ in range(epoch):
+                torch.randperm(self.num_samples, generator=self.generator)
+
+
+@contextmanager
+def _kept_casts(model: nn.Module) -> Iterator[None]:
+    """Let autocast keep what it casts of frozen weights too (an adapter's base); it does so if they want a gradient."""
+    weights = list(model.parameters()) if torch.is_autocast_enabled(next(model.parameters()).device.type) else []
+    frozen = [weight for weight in weights if not weight.requires_grad and weight.is_floating_point()]
+    for weight in frozen:
+        weight.requires_grad_(True)
+    try:
+        yield
+    finally:
+        for weight in frozen:
+            weight.requires_grad_(False)
+
+
+def _head_tiles(device: torch.device) -> AbstractContextManager[None]:
+    """While this context lasts, the forwards of TRL's fused head, and their backwards, use tiles that fit `device`."""
+    if device.type != "cpu":
+        return nullcontext()
+    return replaced(trl_utils, "_CHUNKED_LOGPROB_CHUNK_SIZE", CPU_HEAD_TILE)
+
+
+def _escaped_samples() -> AbstractContextManager[None]:
+    """While this context lasts, the table of completions that TRL prints (`log_completions`) cannot drive a terminal."""
+    usual = grpo_trainer.print_prompt_completions_sample
+
+    def print_sample(*args, **kwargs):
+        usual(*printable_parts(args), **printable_parts(kwargs))
+
+    return replaced(grpo_trainer, "print_prompt_completions_sample", print_sample)
+
+
+class SeamedGRPOTrainer(FaultTolerantGRPOTrainer):
+    """`GRPOTrainer` with its private seams under names of our own."""
+
+    def __init__(self, *args, **kwargs):
+        self._captured_entropies: list[Tensor] | None = None
+        self._loss_inputs: dict[str, Any] | None = None  # what TRL's loss reads, while it is being computed
+        self._plays_episodes = False
+        self._played_batch: dict[str, list] | None = None
+        # The reward of each episode of the generation batch, over all processes; NaN for those that failed.
+        self.episode_rewards: Tensor | None = None
+        # Which completion tokens carry loss, (B, T), while they are being scored; None: all of them.
+        self._loss_mask: Tensor | None = None
+        self.loss_context_ids: Tensor | None = None  # the context of each of them, (B, T); None: all are in one
+        super().__init__(*args, **kwargs)
+        if self.args.use_cpu and self.accelerator.num_processes > 1:
+            set_timeout(self.args.ddp_timeout_delta)  # which transformers passes on for other devices only
+
+    def create_accelerator_and_postprocess(self):
+        super().create_accelerator_and_postprocess()
+        keep_output_precision(self.accelerator)
+
+    # What a subclass may override
+
+    def prepare_rows(self, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        """Called with the dataset rows of a generation batch, G copies of a row next to each other."""
+        return rows
+
+    def extend_batch(self, batch: dict[str, Any]) -> dict[str, Any]:
+        """Called with the scored batch before it is shuffled and split."""
+        return batch
+
+    def shape_advantages(self, advantages: Tensor, entropies: Tensor) -> Tensor:
+        """
+        Called in each loss with the micro-batch's advantages, (B,) or (B, T), and token entropies, (B, T), in nats and
+        without gradient; returns the advantages that the policy loss uses, of either shape.
+        """
+        return advantages
+
+    # What a subclass may use
+
+    @property
+    def mode(self) -> str:
+        """`"train"` or `"eval"`."""
+        return "train" if self.model.training else "eval"
+
+    def disable_own_entropy_bonus(self) -> None:
+        """Keep TRL from adding its bonus for `entropy_coef`."""
+        self._entropy_bonus_enabled = False
+
+    def add_reward_func(self, func, name: str) -> None:
+        """Add a reward function of weight 1 after the user's."""
+        self.reward_funcs.append(func)
+        self.reward_func_names.append(name)
+        self.reward_processing_classes.append(None)
+        self.reward_weights = torch.cat([self.reward_weights, torch.ones(1)])
+
+    def use_played_episodes(self) -> None:
+        """Take completions from [`set_played_batch`] from now on, instead of generating them."""
+        if not self.use_vllm:
+            slow = self.use_transformers_continuous_batching or unfit_for_cached_sampler(self._causal_lm(self.model))
+            check_rollouts(self.accelerator, calls_whole_model=bool(slow))
+        self._plays_episodes = True
+        self.rollout_func = lambda prompts, trainer: dict(self._played_batch["fields"])
+
+    def prepare_vllm(self) -> None:
+        """Make a vLLM engine sample as the trainer's other generation does; called once."""
+        generation = self.vllm_generation
+        if self.args.vllm_enable_sleep_mode:
+            logger.warning_once(
+                "With `vllm_enable_sleep_mode` vLLM sleeps after every turn of a text episode, and each waking costs a "
+                "weight sync and the prefix cache."
+            )
+        # The engine knows the end-of-turn tokens of the model's folder, whose tokenizer may not be the trainer's.
+        generation.generation_kwargs = {"stop_token_ids": self.eos_token_ids, **generation.generation_kwargs}
+        if self.vllm_mode == "colocate" and self.args.vllm_tensor_parallel_size == 1:
+            # TRL starts the engine with a seed of its own, which also seeds this process.
+            set_seed(self.args.seed, device_specific=True)
+
+    @property
+    def vllm_context_length(self) -> int | None:
+        """The longest transcript, in tokens, that the vLLM engine takes; `None` where this process does not know."""
+        if self.vllm_mode == "colocate":
+            return self.vllm_generation.llm.llm_engine.model_config.max_model_len
+        if not self.accelerator.is_main_process:
+            return None
+        return self.vllm_generation.vllm_client.get_server_info()["model_config"]["max_model_len"]
+
+    def set_played_batch(
+        self,
+        prompt_ids: list[list[int]],
+        completion_ids: list[list[int]],
+        logprobs: list[list[float]] | None,
+        action_mask: list[list[int]],
+        completions: list[list[dict[str, str]]],
+        failed: list[bool],
+        context_ids: list[list[int]] | None = None,
+    ) -> None:
+        """
+        The completions of the current generation batch; those that `failed` get no reward at all. With `context_ids`
+        each token is scored with the earlier tokens of its own context before it, and no others.
+        """
+        self._played_batch = {
+            "fields": {
+                "prompt_ids": prompt_ids,
+                "completion_ids": completion_ids,
+                "logprobs": logprobs,
+                "env_mask": action_mask,
+            },
+            "completions": completions,
+            "failed": failed,
+            "context_ids": context_ids,
+        }
+
+    def padded(self, rows: list[list[int]], value: int) -> Tensor:
+        """Lists over the completion's tokens as a tensor of the batch, (B, T)."""
+        tensors = [torch.tensor(row, device=self.accelerator.device) for row in rows]
+        return pad(tensors, padding_value=value, pad_to_multiple_of=self.pad_to_multiple_of)
+
+    def unwrapped_replica(self, model: nn.Module) -> nn.Module:
+        """What to call for a forward that the backward pass computes again: DDP's wrapper counts the forwards."""
+        return model.module if isinstance(model, DistributedDataParallel) else model
+
+    @property
+    def _rows_per_forward(self) -> int:
+        return self.args.per_device_train_batch_size if self.mode == "train" else self.args.per_device_eval_batch_size
+
+    @property
+    def optimizer_micro_step(self) -> int:
+        """Index of the current backward pass within its generation batch, over all passes over that batch."""
+        return self._step % (self.args.steps_per_generation * self.num_iterations)
+
+    def set_metric(self, name: str, value: float) -> None:
+        """Set a metric of the next log entry."""
+        self._metrics[self.mode][name] = [value]
+
+    def add_metrics(self, metrics: dict[str, float]) -> None:
+        """Add a value to each of these metrics, which the next log entry averages."""
+        for name, value in metrics.items():
+            self._metrics[self.mode][name].append(value)
+
+    def clear_eval_metrics(self, prefix: str = "") -> None:
+        """Forget the metrics of an evaluation that were not logged and whose names begin like this."""
+        for name in [name for name in self._metrics["eval"] if name.startswith(prefix)]:
+            del self._metrics["eval"][name]
+
+    def label_eval_metrics(self, dataset_name: str) -> None:
+        """Name the metrics of an evaluation after its dataset, as Trainer does: TRL gives those of all one name."""
+        if dataset_name:
+            metrics = {f"{dataset_name}_{name}": values for name, values in self._metrics["eval"].items()}
+            self._metrics["eval"].clear()
+            self._metrics["eval"].update(metrics)
+
+    @contextmanager
+    def sampling_at(self, temperature: float | None) -> Iterator[None]:
+        """Sample at this temperature in here, with whatever backend; `None` changes nothing."""
+        before = self.temperature
+        self._set_temperature(before if temperature is None else temperature)
+        try:
+            yield
+        finally:
+            self._set_temperature(before)
+
+    def _set_temperature(self, temperature: float) -> None:
+        self.temperature = temperature
+        if self.use_vllm:
+            self.vllm_generation.temperature = temperature
+        elif "temperature" not in (self.args.generation_kwargs or {}):
+            self.generation_config.temperature = self.generation_kwargs["temperature"] = temperature
+
+    @contextmanager
+    def capture_entropies(self) -> Iterator[list[Tensor]]:
+        """Collect the token entropies, with gradient, that the loss computes inside this context."""
+        self._captured_entropies = []
+        try:
+            yield self._captured_entropies
+        finally:
+            self._captured_entropies = None
+
+    @contextmanager
+    def turn_sampler(self) -> Iterator[TurnSampler]:
+        """A sampler over the current weights; the model is in evaluation mode meanwhile."""
+        was_training = self.model.training
+        by_request = self.use_vllm or self.use_transformers_continuous_batching
+        unfit = None if by_request else unfit_for_cached_sampler(self._causal_lm(self.model))
+        if by_request or unfit:
+            if unfit:
+                logger.warning_once(f"Each turn of a text episode reads its whole transcript again: {unfit}.")
+            self.model.eval()
+            try:
+                if self.use_vllm and self.state.global_step != self._last_loaded_step:
+                    # Every process at once, also one that will have nothing to ask
+                    self.vllm_generation.sync_weights()
+                    self._last_loaded_step = self.state.global_step
+                with nullcontext() if self.use_vllm else called_alone(self.model_wrapped):
+                    yield RequestTurnSampler(self._generate_request)
+            finally:
+                self.model.train(was_training)
+            return
+        with (
+            unwrap_model_for_generation(
+                self.model_wrapped,
+                self.accelerator,
+                gather_deepspeed3_params=self.args.ds3_gather_for_generation,
+                gradient_checkpointing_kwargs=self.args.gradient_checkpointing_kwargs,
+            ) as model,
+            called_alone(self.model_wrapped),
+            self.accelerator.autocast(),  # around all forwards, so that it casts each weight once
+            _kept_casts(model),
+        ):
+            model.eval()
+            settings = {name: getattr(self, name) for name in SAMPLING_SETTINGS} | (self.args.generation_kwargs or {})
+            try:
+                yield CachedTurnSampler(
+                    model,
+                    eos_token_ids=self.eos_token_ids,
+                    pad_token_id=self._tokenizer.pad_token_id,
+                    temperature=settings["temperature"],
+                    processors=make_logits_processors(self.accelerator.device, **settings),
+                )
+            finally:
+                model.train(was_training)
+
+    @property
+    def learns_prompts(self) -> bool:
+        """Whether an adapter puts virtual tokens before the prompt."""
+        return is_peft_model(self.model) and self.model.active_peft_config.is_prompt_learning
+
+    def _causal_lm(self, model) -> PreTrainedModel:
+        model = self.accelerator.unwrap_model(model)
+        return model.get_base_model() if is_peft_model(model) else model
+
+    def _generate_request(
+        self, prompts: list[list[int]], max_new_tokens: int
+    ) -> tuple[list[list[int]], list[list[float]] | None]:
+        if self.use_vllm:
+            self.vllm_generation.max_completion_length = max_new_tokens
+        else:
+            self.generation_config.max_new_tokens = max_new_tokens
+        # Each episode asks for its own next turn: one generation a prompt.
+        return self._generate_single_turn(prompts, None, {}, num_generations=1)
+
+    # TRL's methods
+
+    def _get_per_token_logps_and_entropies(
+        self,
+        model,
+        input_ids,
+        attention_mask,
+        logits_to_keep,
+        batch_size=None,
+        compute_entropy=False,
+        compute_aux_loss=False,
+        **multimodal,
+    ):
+        if self._played_batch is not None and self.mode == "eval":
+            # Nothing of an evaluation needs the model's log-probs, nor the reference model's.
+            nothing = torch.full((len(input_ids), logits_to_keep), torch.nan, device=input_ids.device)
+            return nothing, nothing if compute_entropy else None, None
+        if self._loss_mask is None or self.learns_prompts or any(value is not None for value in multimodal.values()):
+            outputs = super()._get_per_token_logps_and_entropies(
+                model,
+                input_ids,
+                attention_mask,
+                logits_to_keep,
+                batch_size,
+                compute_entropy,
+                compute_aux_loss,
+                **multimodal,
+            )
+        else:
+            # TRL's head does not know a weight of ZeRO-3 again when its forward is computed again
+            recomputes = self.loss_context_ids is not None and not shards_with_zero3(self.accelerator)
+            with self.accelerator.autocast(), _head_tiles(input_ids.device):
+                scores = score_tokens(
+                    model,
+                    self._causal_lm(model).base_model,
+                    input_ids,
+                    attention_mask,
+                    self._loss_mask,
+                    context_ids=self.loss_context_ids,
+                    max_rows=batch_size if self.loss_context_ids is None else self._rows_per_forward,
+                    aux_loss=compute_aux_loss,
+                    recompute=self.unwrapped_replica(model) if recomputes else None,
+                    equal_number=equal_number_of_forwards(self.accelerator, model),
+                )
+            outputs = (scores.logprobs, scores.entropies if compute_entropy else None, scores.aux_loss)
+        if self._captured_entropies is not None and outputs[1] is not None:
+            self._captured_entropies.append(outputs[1])
+        if self._loss_inputs is not None and outputs[1] is not None:
+            # TRL's loss reads the advantages after this.
+            advantages = self._loss_inputs["advantages"]
+            self._loss_inputs["advantages"] = self.shape_advantages(advantages, outputs[1].detach())
+        return outputs
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        if "tool_mask" in inputs:
+            self._loss_mask = inputs["completion_mask"] * inputs["tool_mask"]
+            self.loss_context_ids = inputs.get("context_ids")
+        self._loss_inputs = dict(inputs)  # a copy: the batch may be used again
+        try:
+            return super().compute_loss(model, self._loss_inputs, return_outputs, num_items_in_batch)
+        finally:
+            self._loss_mask = self._loss_inputs = self.loss_context_ids = None
+
+    def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
+        if not self._plays_episodes:
+            return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
+        self._prepare_inputs(inputs)  # plays and scores the episodes; a loss of theirs would cost another forward
+        return None, None, None
+
+    def _generate_and_score_completions(self, inputs):
+        try:
+            return self.extend_batch(super()._generate_and_score_completions(self.prepare_rows(inputs)))
+        finally:
+            self._played_batch = self._loss_mask = self.loss_context_ids = None
+
+    def _generate_single_turn(self, *args, **kwargs):
+        was_training = self.model.training
+        try:
+            return super()._generate_single_turn(*args, **kwargs)
+        finally:
+            self.model.train(was_training)  # TRL's continuous batching leaves it in training mode
+
+    def _generate(self, prompts):
+        # Of played episodes TRL decodes the tokens once more; as chats it would look for tool calls in them.
+        outputs = list(super()._generate(prompts if self._played_batch is None else [""] * len(prompts)))
+        if self._played_batch is not None:
+            outputs[3] = self._played_batch["completions"]
+        if outputs[2] is not None:
+            self._loss_mask = self.padded(outputs[2], 0)
+            if self._played_batch is not None and self._played_batch["context_ids"] is not None:
+                self.loss_context_ids = self.padded(self._played_batch["context_ids"], 0)
+        return tuple(outputs)
+
+    def _calculate_rewards(self, inputs, prompts, completions, completion_ids_list):
+        rewards = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
+        if self._played_batch is not None:
+            failed = gather(torch.tensor(self._played_batch["failed"], device=rewards.device))
+            rewards[failed] = torch.nan  # no reward: neither loss nor baseline
+            self.episode_rewards = (rewards * self.reward_weights.to(rewards.device)).nansum(dim=1)
+            self.episode_rewards[failed] = torch.nan
+        return rewards
+
+    def log(self, logs, start_time=None):
+        with _escaped_samples():
+            super().log(logs, start_time)
+
+    def _get_train_sampler(self, dataset=None):
+        sampler = super()._get_train_sampler(dataset)
+        return ResumableRepeatSampler(
+            data_source=sampler.data_source,
+            mini_repeat_count=sampler.mini_repeat_count,
+            batch_size=sampler.batch_size,
+            repeat_count=sampler.repeat_count,
+            shuffle=sampler.shuffle,
+            seed=sampler.seed,
+        )
+
+    def _get_eval_sampler(self, eval_dataset):
+        sampler = super()._get_eval_sampler(eval_dataset)
+        if self._plays_episodes:
+            sampler.shuffle = False  # a panel: what a row is played with depends on its place
+        return sampler
