@@ -100,7 +100,8 @@ def shapes_read(model: LlamaForCausalLM) -> Iterator[list[tuple[int, int]]]:
 
 def child_environment(**more: str) -> dict[str, str]:
     """Environment variables of another process that imports the same package and these files."""
-    path = os.pathsep.join([str(Path(__file__).parent), str(Path(trl_epo.__file__).parents[1])])
+    tests = Path(__file__).parent
+    path = os.pathsep.join(map(str, [tests, tests / "support", Path(trl_epo.__file__).parents[1]]))
     return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path, **more}
 
 

@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import Any
 
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
+sys.path.extend([str(Path(__file__).parent), str(Path(__file__).parent / "support")])
 
 from trl_epo.envs import TextEnv
 from trl_epo.envs.process import ProcessEnv

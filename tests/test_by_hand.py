@@ -95,7 +95,10 @@ def played(tmp_path, tokenizer, adapter, **settings):
 
     def extend_batch(batch):
         batch = extend(batch)
-        steps.append(dict(zip(names(batch), range(len(trainer._episodes)), strict=True)) | {"all": trainer._episodes})
+        steps.append(
+            dict(zip(names(batch), range(len(trainer._batch.episodes)), strict=True))
+            | {"all": trainer._batch.episodes}
+        )
         return batch
 
     def compute_loss(model, inputs, *args, **kwargs):

@@ -6,14 +6,23 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from .config import EPOConfig
-    from .envs import check_env
+    from .envs import TextEnv, check_env
+    from .rollouts import Episode, StopReason, Turn
     from .trainer import EPOTrainer
 
 __version__ = "0.1.0.dev0"
 
-__all__ = ["EPOConfig", "EPOTrainer", "check_env"]
+__all__ = ["EPOConfig", "EPOTrainer", "Episode", "StopReason", "TextEnv", "Turn", "check_env"]
 
-_MODULES = {"EPOConfig": ".config", "EPOTrainer": ".trainer", "check_env": ".envs"}
+_MODULES = {
+    "EPOConfig": ".config",
+    "EPOTrainer": ".trainer",
+    "Episode": ".rollouts",
+    "StopReason": ".rollouts",
+    "TextEnv": ".envs",
+    "Turn": ".rollouts",
+    "check_env": ".envs",
+}
 
 
 def __getattr__(name: str):

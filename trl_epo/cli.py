@@ -27,8 +27,9 @@ from trl import ModelConfig, TrlParser, get_peft_config, get_quantization_config
 
 from .config import EPOConfig
 from .reports import failed_share
+from .rollouts import FAILURES_FILE
 from .runs import last_whole_checkpoint
-from .trainer import FAILURES_FILE, EPOTrainer
+from .trainer import EPOTrainer
 
 
 class UsageError(ValueError):

@@ -1,71 +1,48 @@
 """`EPOTrainer`: GRPO with EPO's entropy term (arXiv 2509.22576) and multi-turn rollouts in text environments."""
 
-import json
 import logging
-import math
 import os
-import random
-import sys
-import textwrap
 import weakref
-from collections import Counter
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
-from accelerate.utils import gather_object, set_seed
 from torch import Tensor
-from transformers.trainer_utils import has_length
 from trl.trainer.utils import get_config_model_id
 
 from .batches import action_mask
 from .config import EPOConfig
 from .credit import CreditAssigner, Critic, TrainCritic, make_critic
 from .entropy import EntropyHistory, EntropyTerm, Moment, turn_ids_from_mask
-from .reports import EpisodeSummary, complete_model_card, episode_metrics, evaluation_metrics, failed_share
+from .reports import PAPER, complete_model_card, episode_metrics, evaluation_metrics, failed_share
 from .rollouts import (
     ActionParser,
     ChatEncoder,
-    ContextRules,
-    Episode,
-    EpisodeStart,
-    FailureLog,
+    EnvironmentPool,
+    EpisodePlayer,
     FirstRow,
-    Limits,
+    PlayedBatch,
     PromptBuilder,
-    StopReason,
-    build_prompt,
+    TooManyFailures,
     check_first_row,
     check_other_arguments,
     check_text_episode_arguments,
-    describe_turn,
-    environment_options,
-    episode_row,
+    episode_return,
     make_environment_pool,
-    parse_action,
-    parse_tagged_action,
     placeholder_dataset,
-    play_episodes,
 )
-from .runs import summaries_as_json, summaries_from_json
-from .sampling import TurnSampler
+from .runs import own_randomness
 from .seams import SeamedGRPOTrainer
 
 
 logger = logging.getLogger(__name__)
 
 HISTORY_FILE = "entropy_history.json"
-FAILURES_FILE = os.path.join("episodes", "failures.jsonl")
 # The model in there is not directly below the checkpoint, where transformers takes every folder with an adapter for one
 # of the policy's.
 CRITIC_FOLDER = "critic"
-MAX_RESAMPLES = 3  # of a group whose returns are all equal
 DEFAULT_COMPLETION_LENGTH = 512  # TRL's default, in tokens
-# In the place of a row that accelerate repeats, to fill up the last batch of an evaluation.
-UNPLAYED = Episode([{"role": "user", "content": ""}], (), (), StopReason.FAILURE)
 
 
 class EPOTrainer(SeamedGRPOTrainer):
@@ -116,17 +93,7 @@ class EPOTrainer(SeamedGRPOTrainer):
 
     _tag_names = ["trl", "epo"]
     _name = "EPO"
-    _paper = {
-        "title": "EPO: Entropy-regularized Policy Optimization for LLM Agents Reinforcement Learning",
-        "id": "2509.22576",
-        "citation": textwrap.dedent("""\
-            @article{xu2025epo,
-                title        = {{EPO: Entropy-regularized Policy Optimization for LLM Agents Reinforcement Learning}},
-                author       = {Wujiang Xu and others},
-                year         = 2025,
-                eprint       = {arXiv:2509.22576},
-            }"""),
-    }
+    _paper = PAPER
 
     def __init__(
         self,
@@ -152,34 +119,29 @@ class EPOTrainer(SeamedGRPOTrainer):
             args = EPOConfig(f"{name.split('/')[-1]}-EPO")
         if not isinstance(args, EPOConfig):
             raise TypeError(f"`args` is a {type(args).__name__}, but must be an `EPOConfig` (from trl_epo).")
-        asks_for_tags = args.context == "window" and prompt_builder is None
-        self._action_parser = action_parser or (parse_tagged_action if asks_for_tags else parse_action)
-        self._prompt_builder = prompt_builder or (build_prompt if args.context == "window" else describe_turn)
-        self._summaries: dict[str, list[EpisodeSummary]] = {"train": [], "eval": []}
-        self._num_eval_rows = 0
-        self._eval_panel_size = 0  # in episodes
-        self._eval_prefix = "eval"
-        self._episode_limits: Limits | None = None
-        self._episodes: list[Episode] = []  # of the generation batch
-        self._num_resampled = 0  # groups that were played again for it
+        self._player: EpisodePlayer | None = None  # where there are text episodes
         self._critic: Critic | None = None
+        self._batch: PlayedBatch | None = None  # the generation batch
+        self._eval_prefix = "eval"
 
-        self._environments = make_environment_pool(environment_factory, args.env_timeout)
-        if self._environments is not None:
-            weakref.finalize(self, self._environments.close)  # also if what follows raises
+        environments = make_environment_pool(environment_factory, args.env_timeout)
+        if environments is not None:
+            weakref.finalize(self, environments.close)  # also if what follows raises
             check_text_episode_arguments(args, tools, rollout_func)
             if train_dataset is None:
-                train_dataset = placeholder_dataset(args, self._environments)
-            first_row = check_first_row(self._environments, train_dataset, args.max_observation_length)
+                train_dataset = placeholder_dataset(args, environments)
+            first_row = check_first_row(environments, train_dataset, args.max_observation_length)
         else:
             check_other_arguments(args)
-        own_reward = self._environments is not None and not reward_funcs
-        if args.max_completion_length is None and self._environments is None:
-            args.max_completion_length = DEFAULT_COMPLETION_LENGTH
+            if args.max_completion_length is None:
+                args.max_completion_length = DEFAULT_COMPLETION_LENGTH
+        own_reward = environments is not None and not reward_funcs
+        if own_reward:
+            reward_funcs = [episode_return]
 
         super().__init__(
             model=model,
-            reward_funcs=[episode_return] if own_reward else _copied(reward_funcs),
+            reward_funcs=list(reward_funcs) if isinstance(reward_funcs, list) else reward_funcs,
             args=args,
             train_dataset=train_dataset,
             eval_dataset=eval_dataset,
@@ -191,20 +153,55 @@ class EPOTrainer(SeamedGRPOTrainer):
             peft_config=peft_config,
             tools=tools,
             rollout_func=rollout_func,
-            environment_factory=None if self._environments is not None else environment_factory,
+            environment_factory=None if environments is not None else environment_factory,
         )
         self.entropy_term = EntropyTerm(args, self.accelerator)
         if not args.use_adaptive_entropy:
             self.disable_own_entropy_bonus()
-        if self._environments is not None:
-            self._prepare_text_episodes(own_reward, first_row)
+        if environments is not None:
+            if not own_reward:
+                self.add_reward_func(episode_return, episode_return.__name__)
+            self._prepare_text_episodes(environments, first_row, action_parser, prompt_builder)
+
+    def _prepare_text_episodes(
+        self,
+        environments: EnvironmentPool,
+        first_row: FirstRow,
+        action_parser: ActionParser | None,
+        prompt_builder: PromptBuilder | None,
+    ) -> None:
+        args = self.args
+        if self.learns_prompts:
+            raise ValueError(
+                "Text episodes cannot be played with a prompt-learning adapter (prompt tuning, prefix tuning): it puts "
+                "virtual tokens before every turn. Use LoRA or another adapter of the weights."
+            )
+        self.use_played_episodes()
+        context_length = self.context_length
+        if args.max_completion_length is None:
+            self.max_completion_length = context_length or args.max_turns * 2 * args.max_turn_length
+        self._player = EpisodePlayer(
+            args,
+            self.accelerator,
+            environments,
+            ChatEncoder(self._tokenizer, self.eos_token_ids, self.chat_template, self.chat_template_kwargs),
+            max_length=self.max_completion_length,
+            context_length=context_length,
+            num_generations_eval=self.num_generations_eval,
+            action_parser=action_parser,
+            prompt_builder=prompt_builder,
+        )
+        self._player.check_prompts(first_row)
+        if args.advantage_estimator == "gae":
+            policy = self.accelerator.unwrap_model(self.model)
+            self._critic = Critic(make_critic(policy, args.critic_model, len(self._tokenizer)), args, self.accelerator)
+            self.add_callback(TrainCritic(self._critic))
+        self._credit = CreditAssigner(args, self.accelerator, self._critic)
 
     def train(self, *args, **kwargs):
         self.entropy_term.history = EntropyHistory()  # a resumed run loads its own
-        self._summaries["train"].clear()
-        if self._environments is not None:
-            self._failures.begin("train")
-        self._num_resampled = 0
+        if self._player is not None:
+            self._player.begin_training()
         return super().train(*args, **kwargs)
 
     @property
@@ -212,182 +209,38 @@ class EPOTrainer(SeamedGRPOTrainer):
         """The entropies of the RL steps so far."""
         return self.entropy_term.history
 
-    # Rollouts: Algorithm 1, "collect trajectories"
-
-    def _prepare_text_episodes(self, own_reward: bool, first_row: FirstRow) -> None:
-        if self.learns_prompts:
-            raise ValueError(
-                "Text episodes cannot be played with a prompt-learning adapter (prompt tuning, prefix tuning): it puts "
-                "virtual tokens before every turn. Use LoRA or another adapter of the weights."
-            )
-        if not own_reward:
-            self.add_reward_func(episode_return, episode_return.__name__)
-        self.use_played_episodes()
-        self._chat = ChatEncoder(self._tokenizer, self.eos_token_ids, self.chat_template, self.chat_template_kwargs)
-        context_length = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
-        if self.args.use_vllm:
-            self.prepare_vllm()
-            bounds = (context_length, self.args.vllm_max_model_length, self.vllm_context_length)
-            context_length = min(bound for bound in bounds if bound is not None)
-        if self.args.max_completion_length is None:
-            self.max_completion_length = context_length or self.args.max_turns * 2 * self.args.max_turn_length
-        self._episode_limits = Limits(
-            max_turns=self.args.max_turns,
-            max_turn_length=self.args.max_turn_length,
-            max_concurrent_episodes=self.args.max_concurrent_episodes or math.inf,
-            patience=self.args.environment_patience,
-            max_retries=self.args.env_max_retries,
-            max_observation_length=self.args.max_observation_length,
-        )
-        self._failures = FailureLog(Path(self.args.output_dir, FAILURES_FILE), self.is_world_process_zero())
-        self._context_rules = ContextRules(
-            self._chat,
-            max_length=self.max_completion_length,
-            context_length=context_length,
-            max_turn_length=self.args.max_turn_length,
-            window=self.args.context == "window",
-            overflow_to_window=self.args.context_overflow == "window",
-            context_turns=self.args.context_turns,
-            prompt_builder=self._prompt_builder,
-        )
-        self._context_rules.check_builder(*first_row)
-        if self.args.advantage_estimator == "gae":
-            policy = self.accelerator.unwrap_model(self.model)
-            model = make_critic(policy, self.args.critic_model, len(self._tokenizer))
-            self._critic = Critic(model, self.args, self.accelerator)
-            self.add_callback(TrainCritic(self._critic))
-        self._credit = CreditAssigner(self.args, self.accelerator, self._critic)
+    # An RL step k (Algorithm 1): collect trajectories
 
     def prepare_rows(self, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-        before = self.entropy_history.state_dict()
-        if self.mode == "train":
+        mode, before = self.mode, self.entropy_history.state_dict()
+        if mode == "train":
             self.entropy_history.begin_step()
-        if self._environments is None:
+        if self._player is None:
             return rows
-        groups = self._group_numbers(len(rows))
-        resamples = MAX_RESAMPLES * (self.mode == "train" and self.args.filter_zero_variance_groups == "resample")
-        starts = [
-            [self._episode_start(row, group, attempt) for row, group in zip(rows, groups, strict=False)]
-            for attempt in range(1 + resamples)
-        ]
-        with self.turn_sampler() as sampler:  # the model is in evaluation mode in here
-            episodes = self._play(starts[0], sampler)
-            for others in starts[1:]:
-                flat, num_groups = self._credit.flat_episodes(episodes)
-                self._num_resampled += num_groups
-                for i, episode in zip(flat, self._play([others[i] for i in flat], sampler), strict=True):
-                    episodes[i] = episode
-        summaries = [EpisodeSummary.of(episode, group) for episode, group in zip(episodes, groups, strict=True)]
-        summaries = gather_object(summaries)  # of all processes
-        failures = self._failures.share(self.mode, step=self.state.global_step, rl_step=self.entropy_history.step)
-        self._check_failed_fraction(summaries, failures, before)
-        self._summaries[self.mode] += summaries
-        episodes += [UNPLAYED] * (len(rows) - len(groups))
-        self._episodes = episodes
-        pad_id = self._tokenizer.pad_token_id
-        training_rows = [episode_row(episode, pad_id) for episode in episodes]
-        logprobs = [row.logprobs for row in training_rows]
-        windowed = self.args.context == "window" or self.args.context_overflow == "window"
-        self.set_played_batch(
-            # A failed episode keeps its place in the batch, but not its prompt, which may be what failed.
-            prompt_ids=[[pad_id] if episode.failed else list(episode.prompt_ids) for episode in episodes],
-            completion_ids=[row.completion_ids for row in training_rows],
-            logprobs=None if None in logprobs else logprobs,
-            action_mask=[row.action_mask for row in training_rows],
-            completions=[episode.completion for episode in episodes],
-            failed=[episode.failed for episode in episodes],
-            context_ids=[row.context_ids for row in training_rows] if windowed else None,
-        )
-        self._turn_ids = [row.turn_ids for row in training_rows]
+        step, rl_step = self.state.global_step, self.entropy_history.step
+        try:
+            with self.turn_sampler() as sampler:
+                self._batch = self._player.play(rows, mode, sampler, step, rl_step, self._credit.flat_episodes)
+        except TooManyFailures as error:
+            self.entropy_history.load_state_dict(before)
+            folder = self.save_last_checkpoint()
+            raise RuntimeError(
+                f"{error} When the environment is mended, go on from {folder} with `resume_from_checkpoint=True`."
+            ) from error
+        self.set_played_batch(self._batch)
         penalty = self.args.invalid_action_penalty
         return [
             {**row, "prompt": episode.prompt, "episodes": episode, "invalid_action_penalty": penalty}
-            for row, episode in zip(rows, episodes, strict=True)
+            for row, episode in zip(rows, self._batch.episodes, strict=True)
         ]
 
-    def _play(self, starts: list[EpisodeStart], sampler: TurnSampler) -> list[Episode]:
-        episodes = play_episodes(
-            starts=starts,
-            pool=self._environments,
-            rules=self._context_rules,
-            sampler=sampler,
-            limits=self._episode_limits,
-            action_parser=self._action_parser,
-        )
-        self._failures.note(episodes)
-        return episodes
-
-    def _check_failed_fraction(
-        self, summaries: list[EpisodeSummary], failures: list[dict[str, Any]], history: dict[str, Any]
-    ) -> None:
-        """Stop, with a checkpoint, if too many of a generation batch failed; `history` is that of before the batch."""
-        num_failed = sum(summary.stop_reason is StopReason.FAILURE for summary in summaries)
-        if self.mode == "eval" or num_failed <= self.args.max_failed_fraction * len(summaries):
-            return
-        self.entropy_history.load_state_dict(history)
-        folder = self.save_last_checkpoint()
-        first = failures[0]
-        raise RuntimeError(
-            f"{num_failed} of {len(summaries)} episodes failed, more than `max_failed_fraction="
-            f"{self.args.max_failed_fraction}` allows. The first: {first['kind']} after {first['num_turns']} turns: "
-            f"{first['cause']}\nAll of them, with tracebacks: {self._failures.path}. When the environment is mended, go on "
-            f"from {folder} with `resume_from_checkpoint=True`."
-        )
-
-    def _group_numbers(self, num_rows: int) -> list[int]:
-        """
-        Which group of the generation batch, or which row of the panel, each of this process's dataset rows belongs to.
-        Those with which accelerate fills up the last batch of an evaluation come last and get no number.
-        """
-        if self.mode == "train":
-            first = self.accelerator.process_index * num_rows
-            return [index // self.num_generations for index in range(first, first + num_rows)]
-        first = self._num_eval_rows + self.accelerator.process_index * num_rows
-        self._num_eval_rows += num_rows * self.accelerator.num_processes
-        last = min(first + num_rows, self._eval_panel_size)
-        return [index // self.num_generations_eval for index in range(first, last)]
-
-    def _episode_start(self, row: dict[str, Any], group: int, attempt: int) -> EpisodeStart:
-        """Where the episode of a dataset row begins; the copies of a row, on whatever process, share one seed."""
-        seed = row.get("seed")
-        if seed is None:
-            # Training: a new seed each RL step. Evaluation: the same panel each time.
-            train = self.mode == "train"
-            seed = derived_seed(self.args.seed, train, self.entropy_history.step if train else 0, group, attempt)
-        name = row.get("environment") if self._environments.named else None
-        return EpisodeStart(row.get("prompt") or [], seed, environment_options(row), name)
-
-    def evaluation_loop(self, dataloader, *args, metric_key_prefix: str = "eval", **kwargs):
-        self._eval_prefix = metric_key_prefix
-        randomness = nullcontext()
-        if self._environments is not None:
-            self._begin_panel(dataloader.dataset)
-            randomness = own_randomness(self.args.seed, self.accelerator.device)
-        with self.sampling_at(self.args.eval_temperature), randomness:
-            return super().evaluation_loop(dataloader, *args, metric_key_prefix=metric_key_prefix, **kwargs)
-
-    def _begin_panel(self, rows) -> None:
-        batch_size = self.args.eval_batch_size * self.accelerator.num_processes
-        if batch_size % self.num_generations_eval:
-            raise ValueError(
-                f"An evaluation batch of {batch_size} episodes (`per_device_eval_batch_size` times the processes) "
-                f"cannot hold whole groups of {self.num_generations_eval}. Set `num_generations_eval` to a divisor "
-                "of it."
-            )
-        self._num_eval_rows = 0
-        self._eval_panel_size = len(rows) * self.num_generations_eval if has_length(rows) else sys.maxsize
-        # What an evaluation that was interrupted, or `predict`, has left
-        self._summaries["eval"].clear()
-        self._failures.begin("eval")
-        self.clear_eval_metrics()
-
-    # Credit assignment
+    # Advantages
 
     def extend_batch(self, batch: dict[str, Any]) -> dict[str, Any]:
-        if self._environments is None:
+        if self._player is None:
             batch["turn_ids"] = turn_ids_from_mask(action_mask(batch))
         else:
-            batch["turn_ids"] = self.padded(self._turn_ids, -1)
+            batch["turn_ids"] = self.padded(self._batch.turn_ids, -1)
             if self.loss_context_ids is not None:
                 batch["context_ids"] = self.loss_context_ids
             if self.mode == "train":
@@ -400,17 +253,11 @@ class EPOTrainer(SeamedGRPOTrainer):
         metrics = {}
         if self.args.filter_zero_variance_groups:
             metrics = self._credit.mask_flat_groups(batch, self.episode_rewards)
-            metrics["groups/resampled"] = self._num_resampled
-            self._num_resampled = 0
-        metrics |= self._credit.assign(batch, self._episodes, self.episode_rewards)
+            metrics["groups/resampled"] = self._batch.num_resampled
+        metrics |= self._credit.assign(batch, self._batch.episodes, self.episode_rewards)
         self.add_metrics(metrics)
 
-    def create_scheduler(self, num_training_steps, optimizer=None):
-        if self._critic is not None:
-            self._critic.prepare(num_training_steps)
-        return super().create_scheduler(num_training_steps, optimizer)
-
-    # Objective: Algorithm 1, "L_MT, L_H, H̄_W, L_smooth, β_k"
+    # L_MT − λ·(L_H − β_k·L_smooth), and H̄_k for the history
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         with self.capture_entropies() as captured:
@@ -433,55 +280,52 @@ class EPOTrainer(SeamedGRPOTrainer):
             loss = policy_loss + added
         metrics |= self.entropy_term.observe(captured[0].detach(), inputs, moment)
         self.add_metrics({f"epo/{name}": value for name, value in metrics.items()})
-        if self._critic is not None and self.mode == "train":
-            self._critic.trains_alone = self.entropy_history.step < self.args.critic_warmup_steps
-            if self._critic.trains_alone:
-                loss = 0.0 * loss
-            value_loss, metrics = self._credit.critic_loss(inputs, self.current_gradient_accumulation_steps)
-            self.add_metrics(metrics)
-            self._critic.backward(value_loss)
-            loss = loss + value_loss.detach()
+        if self._critic is not None and moment.train:
+            loss = self._train_critic(inputs, loss)
         return loss
 
     def shape_advantages(self, advantages: Tensor, entropies: Tensor) -> Tensor:
         return self.entropy_term.shape_advantages(advantages, entropies)
 
-    # Logs and checkpoints
+    def _train_critic(self, inputs: dict[str, Any], loss: Tensor) -> Tensor:
+        """The critic's part of a micro-batch; the policy's loss, to which the critic's is added as a constant."""
+        self._critic.trains_alone = self.entropy_history.step < self.args.critic_warmup_steps
+        if self._critic.trains_alone:
+            loss = 0.0 * loss
+        value_loss, metrics = self._credit.critic_loss(inputs, self.current_gradient_accumulation_steps)
+        self.add_metrics(metrics)
+        self._critic.backward(value_loss)
+        return loss + value_loss.detach()
+
+    def create_scheduler(self, num_training_steps, optimizer=None):
+        if self._critic is not None:
+            self._critic.prepare(num_training_steps)
+        return super().create_scheduler(num_training_steps, optimizer)
+
+    # Evaluation and logs
+
+    def evaluation_loop(self, dataloader, *args, metric_key_prefix: str = "eval", **kwargs):
+        self._eval_prefix = metric_key_prefix
+        randomness = nullcontext()
+        if self._player is not None:
+            self._player.begin_panel(dataloader.dataset)
+            self.clear_eval_metrics()  # what an evaluation that was interrupted, or `predict`, has left
+            randomness = own_randomness(self.args.seed, self.accelerator.device)
+        with self.sampling_at(self.args.eval_temperature), randomness:
+            return super().evaluation_loop(dataloader, *args, metric_key_prefix=metric_key_prefix, **kwargs)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        metrics_of = episode_metrics if self.mode == "train" else evaluation_metrics
-        for name, value in metrics_of(self._summaries[self.mode]).items():
-            self.set_metric(name, value)
-        if self._environments is not None:
-            for name, value in self._failures.metrics(self.mode).items():
+        if self._player is not None:
+            summaries = self._player.summaries[self.mode]
+            metrics = episode_metrics(summaries) if self.mode == "train" else evaluation_metrics(summaries)
+            for name, value in {**metrics, **self._player.failures.metrics(self.mode)}.items():
                 self.set_metric(name, value)
-        self._summaries[self.mode].clear()
+            summaries.clear()
         if self.mode == "eval":
-            if self._environments is not None:
+            if self._player is not None:
                 self.clear_eval_metrics("completions/")  # TRL counts the rows that fill up the last batch too
             self.label_eval_metrics(self._eval_prefix.removeprefix("eval").lstrip("_"))
         super().log(logs, start_time)
-
-    def extend_model_card(self, path: Path) -> None:
-        complete_model_card(path, self.args, self.state.log_history)
-
-    def pending_figures(self) -> dict[str, Any]:
-        figures = {"episodes": summaries_as_json(self._summaries["train"])}
-        if self._environments is not None:
-            figures["failures"] = self._failures.counts["train"]
-        return figures
-
-    def restore_pending_figures(self, figures: dict[str, Any]) -> None:
-        self._summaries["train"] = summaries_from_json(figures["episodes"])
-        if self._environments is not None:
-            self._failures.counts["train"] = Counter(figures["failures"])
-
-    def save_extras(self, checkpoint: str) -> None:
-        if self._critic is not None:  # first, since all processes save it together
-            self._critic.save(os.path.join(checkpoint, CRITIC_FOLDER))
-        if self.args.should_save:
-            with open(os.path.join(checkpoint, HISTORY_FILE), "w") as file:
-                json.dump(self.entropy_history.state_dict(), file)
 
     def may_be_best(self, metrics: dict[str, float]) -> bool:
         name = self.args.metric_for_best_model
@@ -494,6 +338,24 @@ class EPOTrainer(SeamedGRPOTrainer):
         )
         return False
 
+    def extend_model_card(self, path: Path) -> None:
+        complete_model_card(path, self.args, self.state.log_history)
+
+    # Checkpoints
+
+    def pending_figures(self) -> dict[str, Any]:
+        return {} if self._player is None else self._player.state_dict()
+
+    def restore_pending_figures(self, figures: dict[str, Any]) -> None:
+        if self._player is not None:
+            self._player.load_state_dict(figures)
+
+    def save_extras(self, checkpoint: str) -> None:
+        if self._critic is not None:  # first, since all processes save it together
+            self._critic.save(os.path.join(checkpoint, CRITIC_FOLDER))
+        if self.args.should_save:
+            self.entropy_history.save(os.path.join(checkpoint, HISTORY_FILE))
+
     def load_best_extras(self, checkpoint: str) -> None:
         if self._critic is not None:
             self._critic.load_weights(os.path.join(checkpoint, CRITIC_FOLDER))
@@ -501,45 +363,4 @@ class EPOTrainer(SeamedGRPOTrainer):
     def load_extras(self, checkpoint: str) -> None:
         if self._critic is not None:
             self._critic.load(os.path.join(checkpoint, CRITIC_FOLDER))
-        path = os.path.join(checkpoint, HISTORY_FILE)
-        if not os.path.exists(path):
-            logger.warning(
-                "%s has no %s: it was not written by EPOTrainer. The entropy history starts anew.",
-                checkpoint,
-                HISTORY_FILE,
-            )
-            return
-        with open(path) as file:
-            self.entropy_history.load_state_dict(json.load(file))
-
-
-def episode_return(episodes: list[Episode], invalid_action_penalty: list[float], **kwargs) -> list[float]:
-    """The reward of a text episode: its return, less `invalid_action_penalty` for each invalid action."""
-    return [
-        math.fsum(episode.penalised_rewards(penalty))
-        for episode, penalty in zip(episodes, invalid_action_penalty, strict=True)
-    ]
-
-
-def derived_seed(seed: int, train: bool, step: int, group: int, attempt: int = 0) -> int:
-    """A seed of 32 bits for a group's episodes, well mixed and the same on every machine."""
-    parts = [seed, train, step, group, attempt] if attempt else [seed, train, step, group]
-    return int(np.random.SeedSequence(parts).generate_state(1)[0])
-
-
-@contextmanager
-def own_randomness(seed: int, device: torch.device) -> Iterator[None]:
-    """Random numbers from this seed, different ones on each process, in here; afterwards all goes on as before."""
-    devices = range(0 if device.type == "cpu" else torch.get_device_module(device).device_count())
-    python_state, numpy_state = random.getstate(), np.random.get_state()
-    try:
-        with torch.random.fork_rng(devices, device_type=device.type):
-            set_seed(seed, device_specific=True)
-            yield
-    finally:
-        random.setstate(python_state)
-        np.random.set_state(numpy_state)
-
-
-def _copied(reward_funcs):
-    return list(reward_funcs) if isinstance(reward_funcs, list) else reward_funcs
+        self.entropy_history.load(os.path.join(checkpoint, HISTORY_FILE))

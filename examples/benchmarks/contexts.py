@@ -22,7 +22,7 @@ from trl_epo.rollouts.chat import ChatEncoder
 from trl_epo.rollouts.contexts import ContextRules
 from trl_epo.rollouts.environment_pool import EnvironmentPool
 from trl_epo.rollouts.rollout import EpisodeStart, Limits, play_episodes
-from trl_epo.sampling.cached import Sample
+from trl_epo.sampling.turns import Sample
 
 
 @dataclass

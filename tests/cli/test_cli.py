@@ -21,7 +21,7 @@ from trl_epo.reports.metrics import EpisodeSummary
 from trl_epo.rollouts.episode import StopReason
 
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 CONFIGS = ROOT / "examples" / "configs"
 ACCELERATE_CONFIGS = ROOT / "examples" / "accelerate_configs"
 SMALL = CONFIGS / "household-small.yaml"

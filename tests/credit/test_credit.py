@@ -142,7 +142,7 @@ def test_advantages_are_those_of_the_turns(tmp_path, tokenizer, estimator):
     )  # fmt: skip
     batches = recorded(trainer)
     trainer.train()
-    [batch], episodes = batches, trainer._episodes
+    [batch], episodes = batches, trainer._batch.episodes
     returns, groups = [], [range(4), range(4, 8)]
     for episode in episodes:
         following, own = 0.0, []
@@ -210,8 +210,8 @@ def test_failed_episodes_are_no_baseline(tmp_path, tokenizer, estimator):
     trainer.train()
     [batch] = batches
     expected = [1.5, 0.5, -0.5, -1.5] if estimator == "turn" else [0.0] * 4
-    assert sum(episode.failed for episode in trainer._episodes) == 2  # one of each group
-    for i, episode in enumerate(trainer._episodes):
+    assert sum(episode.failed for episode in trainer._batch.episodes) == 2  # one of each group
+    for i, episode in enumerate(trainer._batch.episodes):
         if not episode.failed:
             found = [batch["advantages"][i][batch["turn_ids"][i] == turn][0].item() for turn in range(4)]
             assert found == pytest.approx(expected)
@@ -297,7 +297,7 @@ class TestCritic:
         [batch] = batches
         mask = (batch["completion_mask"] * batch["tool_mask"]).bool()
         rewards = torch.zeros_like(batch["values"])
-        for i, episode in enumerate(trainer._episodes):
+        for i, episode in enumerate(trainer._batch.episodes):
             tokens = [*episode.prompt_ids, *batch["completion_ids"][i][batch["completion_mask"][i].bool()].tolist()]
             values = plain(torch.tensor([tokens])).logits[0, :-1, 0]
             first = len(episode.prompt_ids)
@@ -507,7 +507,7 @@ def test_a_windows_default_prompt_wants_the_tags(tmp_path, tokenizer):
             tmp_path, tokenizer, context="window", max_steps=1, trainer_kwargs=trainer_kwargs, max_turn_length=9
         )
         trainer.train()
-        return {turn.invalid for episode in trainer._episodes for turn in episode.turns}
+        return {turn.invalid for episode in trainer._batch.episodes for turn in episode.turns}
 
     assert invalid() == {True}
     assert False in invalid(prompt_builder=lambda turn: turn.observation)

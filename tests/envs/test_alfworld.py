@@ -17,7 +17,7 @@ from trl_epo.envs.alfworld import TASKS, AlfWorld, LocalAlfWorld, expert_actions
 from trl_epo.envs.alfworld_games import make_game, write_games
 
 
-REAL = Path(os.environ.get("ALFWORLD_DATA") or Path(__file__).parents[2] / "shared" / "alfworld")
+REAL = Path(os.environ.get("ALFWORLD_DATA") or Path(__file__).parents[3] / "shared" / "alfworld")
 needs_alfworld = pytest.mark.skipif(
     importlib.util.find_spec("alfworld") is None, reason='needs pip install "trl-epo[alfworld]"'
 )
@@ -320,7 +320,7 @@ def test_a_killed_process_costs_its_episode(env, rows):
 
 @needs_alfworld
 def test_benchmark():
-    script = Path(__file__).parents[1] / "examples" / "benchmarks" / "alfworld_speed.py"
+    script = Path(__file__).parents[2] / "examples" / "benchmarks" / "alfworld_speed.py"
     command = [sys.executable, str(script), "--generate", "3", "--environments", "2"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr

@@ -341,12 +341,12 @@ class TestTrainer:
 
         trainer = make_trainer(tmp_path, tokenizer, lengths=(2,) * 8, per_device_eval_batch_size=2, max_turns=1)
         expected = trainer.evaluate()
-        trainer._action_parser = interrupt
+        trainer._player.action_parser = interrupt
         states = [random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()]
         with pytest.raises(KeyboardInterrupt):
             trainer.evaluate()
         assert states == [random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()]
-        trainer._action_parser = lambda text: "r"
+        trainer._player.action_parser = lambda text: "r"
         metrics = trainer.evaluate()
         assert metrics["eval_reward"] == expected["eval_reward"]
         assert metrics["eval_rewards/episode_return/std"] == expected["eval_rewards/episode_return/std"]
@@ -403,7 +403,7 @@ class TestTemperature:
         with pytest.raises(KeyboardInterrupt):
             trainer.evaluate()
         assert trainer.temperature == trainer.generation_config.temperature == 0.9
-        trainer._action_parser = lambda text: "r"
+        trainer._player.action_parser = lambda text: "r"
         assert trainer.evaluate()["eval_episode/count"] == 5
 
     def test_nearly_greedy_evaluations(self, tmp_path, tokenizer):

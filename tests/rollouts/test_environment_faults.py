@@ -97,7 +97,7 @@ def hurry(trainer, seconds):
     Environments have so many seconds for an answer until one has let its time pass, then as long as before: with all
     eight started already, and others to be started, this need not be long, however slow the machine.
     """
-    pool = trainer._environments
+    pool = trainer._player.environments
     patience, discard = pool.timeout, pool.discard
     workers = [pool.take(None) for _ in range(8)]
     for answer in [worker.reset(0, {}) for worker in workers]:
@@ -194,7 +194,7 @@ class TestOneEpisode:
 
     def test_what_is_not_the_environments_fault_is_not_tried_again(self, tmp_path, tokenizer):
         trainer = make_trainer(tmp_path, tokenizer, Corridor, env_max_retries=3, max_failed_fraction=1.0)
-        trainer._action_parser = lambda text: {}[text]
+        trainer._player.action_parser = lambda text: {}[text]
         trainer.train()
         assert logged(trainer, "faults/input") == [8.0, 16.0]
         assert logged(trainer, "faults/retried") == [0.0, 0.0]
@@ -212,7 +212,7 @@ class TestOneEpisode:
         trainer = make_trainer(
             tmp_path, tokenizer, partial(Faulty, "crash", 1, tokens.folder), filter_zero_variance_groups="resample"
         )
-        usual, calls = trainer._action_parser, count()
+        usual, calls = trainer._player.action_parser, count()
 
         def parser(text):
             if next(calls) == 40:  # the first batch has been played once, and is played again
@@ -220,7 +220,7 @@ class TestOneEpisode:
             return usual(text)
 
         tokens(1)
-        trainer._action_parser = parser
+        trainer._player.action_parser = parser
         with pytest.raises(KeyboardInterrupt):
             trainer.train()
         trainer.train()
@@ -327,8 +327,8 @@ class TestManners:
 
         trainer = make_trainer(tmp_path, tokenizer, Sulky)
         trainer.train()
-        trainer._environments.close()
-        for worker in trainer._environments._closing:
+        trainer._player.environments.close()
+        for worker in trainer._player.environments._closing:
             worker.join(60)
         assert logged(trainer, "episode/stop/failure") == [0.0, 0.0]
         assert sum("Closing an environment failed" in record.message for record in caplog.records) == 8

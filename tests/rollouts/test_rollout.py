@@ -21,7 +21,7 @@ from trl_epo.rollouts.environment_pool import EnvironmentPool
 from trl_epo.rollouts.episode import StopReason, episode_row
 from trl_epo.rollouts.failures import FailureKind
 from trl_epo.rollouts.rollout import EpisodeStart, Limits, parse_action, parse_tagged_action, play_episodes
-from trl_epo.sampling.cached import Sample
+from trl_epo.sampling.turns import Sample
 
 
 class ScriptedSampler:

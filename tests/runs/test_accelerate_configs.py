@@ -9,7 +9,7 @@ from accelerate.utils import FullyShardedDataParallelPlugin
 from accelerate.utils.launch import prepare_deepspeed_cmd_env, prepare_multi_gpu_env
 
 
-FOLDER = Path(__file__).parents[1] / "examples" / "accelerate_configs"
+FOLDER = Path(__file__).parents[2] / "examples" / "accelerate_configs"
 EXPECTED = {
     "fsdp2": {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "FSDP_STATE_DICT_TYPE": "FULL_STATE_DICT"},
     "multi_gpu": {},

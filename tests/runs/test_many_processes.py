@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import child_environment, make_model
+import many_processes
 from many_processes import BEGIN, NUM_EPISODES, play
 from transformers import AutoModelForCausalLM, AutoModelForTokenClassification
 
@@ -89,7 +90,7 @@ needs_deepspeed = pytest.mark.skipif(importlib.util.find_spec("deepspeed") is No
 def launch(cases: dict, folder: Path, **environment: str) -> subprocess.CompletedProcess:
     """The cases, one after the other, on two processes."""
     make_model().save_pretrained(folder / BEGIN)
-    script = str(Path(__file__).with_name("many_processes.py"))
+    script = str(Path(many_processes.__file__))
     # `--multi_gpu` starts one process for each of `num_processes`, with `--cpu` there would be one; devices are not its matter
     command = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", *ACCELERATE, script]
     command += [json.dumps(cases), str(folder)]

@@ -22,14 +22,10 @@ from transformers import (
     Qwen2Config,
 )
 
-from trl_epo.sampling.cached import (
-    CachedTurnSampler,
-    RequestTurnSampler,
-    _draw,
-    make_logits_processors,
-    unfit_for_cached_sampler,
-)
+from trl_epo.sampling.cached import CachedTurnSampler, _draw, unfit_for_cached_sampler
 from trl_epo.sampling.kv_cache import EpisodeCache
+from trl_epo.sampling.processors import make_logits_processors
+from trl_epo.sampling.requests import RequestTurnSampler
 
 
 EOS, PAD = 2, 0

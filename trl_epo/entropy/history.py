@@ -1,6 +1,12 @@
 """The entropy history W_k: the mean entropy of every RL step so far (arXiv 2509.22576, Algorithm 1)."""
 
+import json
+import logging
+import os
 from collections.abc import Sequence
+
+
+logger = logging.getLogger(__name__)
 
 
 class EntropyHistory:
@@ -119,3 +125,18 @@ class EntropyHistory:
 
 def _mean(values: list[float]) -> float | None:
     return sum(values) / len(values) if values else None
+
+    def save(self, path: str | os.PathLike) -> None:
+        """Write it as JSON."""
+        with open(path, "w") as file:
+            json.dump(self.state_dict(), file)
+
+    def load(self, path: str | os.PathLike) -> None:
+        """Go on from what [`save`] wrote; without such a file, say so and begin anew."""
+        if not os.path.exists(path):
+            logger.warning(
+                "There is no %s: the checkpoint was not written by EPOTrainer. The entropy history starts anew.", path
+            )
+            return
+        with open(path) as file:
+            self.load_state_dict(json.load(file))

@@ -2,16 +2,22 @@
 What a run tells.
 
 In: summaries of episodes, the log. Out: metrics, panels with intervals, the paper's Succ. and Succ.*, model card, curves.
-Imports: rollouts and what is below. Open first: `metrics.py`. Nothing is imported before it is used, so that a report needs no torch.
+Imports: rollouts and what is below. Open first: `metrics.py`. Each name is imported when it is first used, so that a report that
+needs no torch loads none.
 """
 
-from .evaluation import evaluation_metrics, failed_share, mean_success, run_success, success_interval
-from .metrics import episode_metrics
-from .model_card import complete_model_card
-from .plots import plot_training
+from importlib import import_module
+from typing import TYPE_CHECKING
 
+
+if TYPE_CHECKING:
+    from .evaluation import evaluation_metrics, failed_share, mean_success, run_success, success_interval
+    from .metrics import episode_metrics
+    from .model_card import PAPER, complete_model_card
+    from .plots import plot_training
 
 __all__ = [
+    "PAPER",
     "complete_model_card",
     "episode_metrics",
     "evaluation_metrics",
@@ -21,3 +27,21 @@ __all__ = [
     "run_success",
     "success_interval",
 ]
+
+_MODULES = {
+    "PAPER": "model_card",
+    "complete_model_card": "model_card",
+    "episode_metrics": "metrics",
+    "evaluation_metrics": "evaluation",
+    "failed_share": "evaluation",
+    "mean_success": "evaluation",
+    "plot_training": "plots",
+    "run_success": "evaluation",
+    "success_interval": "evaluation",
+}
+
+
+def __getattr__(name: str):
+    if name not in _MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f".{_MODULES[name]}", __name__), name)

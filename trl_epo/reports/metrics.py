@@ -2,38 +2,8 @@
 
 from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass
 
-from ..rollouts import Episode, StopReason
-
-
-@dataclass(frozen=True)
-class EpisodeSummary:
-    """What is needed of an episode for metrics; small, so that processes can exchange it."""
-
-    task: str | None
-    success: bool | None
-    episode_return: float
-    num_turns: int
-    num_invalid_actions: int
-    num_late_answers: int
-    stop_reason: StopReason
-    row: int = 0  # which row of an evaluation set it is an episode of
-    num_cut_observations: int = 0
-
-    @classmethod
-    def of(cls, episode: Episode, row: int = 0) -> "EpisodeSummary":
-        return cls(
-            task=episode.task,
-            success=episode.success,
-            episode_return=episode.episode_return,
-            num_turns=len(episode.turns),
-            num_invalid_actions=episode.num_invalid_actions,
-            num_late_answers=episode.num_late_answers,
-            stop_reason=episode.stop_reason,
-            row=row,
-            num_cut_observations=episode.num_cut_observations,
-        )
+from ..rollouts import EpisodeSummary, StopReason
 
 
 def episode_metrics(summaries: Sequence[EpisodeSummary]) -> dict[str, float]:

@@ -1,10 +1,23 @@
 """What TRL's model card does not say of a run: EPO's settings and how the agent did."""
 
+import textwrap
 from pathlib import Path
 from typing import Any
 
 from ..config import EPOConfig
 
+
+PAPER = {
+    "title": "EPO: Entropy-regularized Policy Optimization for LLM Agents Reinforcement Learning",
+    "id": "2509.22576",
+    "citation": textwrap.dedent("""\
+        @article{xu2025epo,
+            title        = {{EPO: Entropy-regularized Policy Optimization for LLM Agents Reinforcement Learning}},
+            author       = {Wujiang Xu and others},
+            year         = 2025,
+            eprint       = {arXiv:2509.22576},
+        }"""),
+}
 
 SETTINGS = (
     ("λ", "entropy_coef"),

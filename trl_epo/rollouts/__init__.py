@@ -9,25 +9,28 @@ Imports: sampling and what is below; knows no trainer. Open first: `episode.py`,
 from .argument_checks import check_other_arguments, check_text_episode_arguments
 from .chat import ChatEncoder
 from .contexts import ContextRules, PastTurn, PromptBuilder, TurnView, build_prompt, describe_turn
-from .dataset_rows import FirstRow, check_first_row, environment_options, placeholder_dataset
-from .environment_pool import make_environment_pool
-from .episode import Episode, StopReason, Turn, episode_row
-from .failures import FailureLog
-from .rollout import ActionParser, EpisodeStart, Limits, parse_action, parse_tagged_action, play_episodes
+from .dataset_rows import FirstRow, check_first_row, placeholder_dataset
+from .environment_pool import EnvironmentPool, make_environment_pool
+from .episode import Episode, EpisodeSummary, StopReason, Turn, episode_return
+from .player import FAILURES_FILE, EpisodePlayer, PlayedBatch, TooManyFailures
+from .rollout import ActionParser, parse_action, parse_tagged_action
 
 
 __all__ = [
+    "FAILURES_FILE",
     "ActionParser",
     "ChatEncoder",
     "ContextRules",
+    "EnvironmentPool",
     "Episode",
-    "EpisodeStart",
-    "FailureLog",
+    "EpisodePlayer",
+    "EpisodeSummary",
     "FirstRow",
-    "Limits",
     "PastTurn",
+    "PlayedBatch",
     "PromptBuilder",
     "StopReason",
+    "TooManyFailures",
     "Turn",
     "TurnView",
     "build_prompt",
@@ -35,11 +38,9 @@ __all__ = [
     "check_other_arguments",
     "check_text_episode_arguments",
     "describe_turn",
-    "environment_options",
-    "episode_row",
+    "episode_return",
     "make_environment_pool",
     "parse_action",
     "parse_tagged_action",
     "placeholder_dataset",
-    "play_episodes",
 ]

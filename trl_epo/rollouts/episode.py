@@ -1,6 +1,7 @@
 """What an episode is: turns of sampled tokens and observations, and the training row they make."""
 
-from dataclasses import dataclass, field
+import math
+from dataclasses import asdict, dataclass, field
 from enum import Enum
 from typing import Any
 
@@ -127,6 +128,57 @@ class Episode:
             messages.append({"role": "assistant", "content": turn.text})
             messages.append({"role": "user", "content": turn.observation})
         return messages[:-1] or [{"role": "assistant", "content": ""}]
+
+
+def episode_return(episodes: list[Episode], invalid_action_penalty: list[float], **kwargs) -> list[float]:
+    """The reward of a text episode: its return, less `invalid_action_penalty` for each invalid action."""
+    return [
+        math.fsum(episode.penalised_rewards(penalty))
+        for episode, penalty in zip(episodes, invalid_action_penalty, strict=True)
+    ]
+
+
+@dataclass(frozen=True)
+class EpisodeSummary:
+    """
+    What metrics need of an episode; small, so that processes can exchange it.
+
+    Args:
+        row (`int`): Which group of the generation batch, or which row of the panel, it is an episode of.
+    """
+
+    task: str | None
+    success: bool | None
+    episode_return: float
+    num_turns: int
+    num_invalid_actions: int
+    num_late_answers: int
+    stop_reason: StopReason
+    row: int = 0
+    num_cut_observations: int = 0
+
+    @classmethod
+    def of(cls, episode: Episode, row: int = 0) -> "EpisodeSummary":
+        return cls(
+            task=episode.task,
+            success=episode.success,
+            episode_return=episode.episode_return,
+            num_turns=len(episode.turns),
+            num_invalid_actions=episode.num_invalid_actions,
+            num_late_answers=episode.num_late_answers,
+            stop_reason=episode.stop_reason,
+            row=row,
+            num_cut_observations=episode.num_cut_observations,
+        )
+
+    def as_json(self) -> dict[str, Any]:
+        """As JSON can carry it."""
+        return {**asdict(self), "stop_reason": self.stop_reason.value}
+
+    @classmethod
+    def from_json(cls, fields: dict[str, Any]) -> "EpisodeSummary":
+        """What [`as_json`] gave."""
+        return cls(**{**fields, "stop_reason": StopReason(fields["stop_reason"])})
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,6 @@ What a process must remember of a run between two optimizer steps, besides what 
 is still using, and figures that have not been logged. Tensors as safetensors, all else as JSON.
 """
 
-import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -11,8 +10,6 @@ from typing import Any
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
-
-from ..reports import EpisodeSummary, StopReason
 
 
 FOLDER = "run_state"
@@ -61,16 +58,6 @@ def load_run_state(checkpoint: Path, process: int) -> tuple[dict[str, Any], list
             index, name = key.split("/", 1)
             micro_batches[int(index)][name] = tensors.get_tensor(key)
     return state, micro_batches
-
-
-def summaries_as_json(summaries: list[EpisodeSummary]) -> list[dict[str, Any]]:
-    """Episodes that have not been logged, as JSON can carry them."""
-    return [{**dataclasses.asdict(summary), "stop_reason": summary.stop_reason.value} for summary in summaries]
-
-
-def summaries_from_json(rows: list[dict[str, Any]]) -> list[EpisodeSummary]:
-    """What [`summaries_as_json`] was given."""
-    return [EpisodeSummary(**{**row, "stop_reason": StopReason(row["stop_reason"])}) for row in rows]
 
 
 def _plain(value: Any) -> Any:

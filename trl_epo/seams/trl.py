@@ -22,6 +22,7 @@ from trl.trainer import utils as trl_utils
 from trl.trainer.utils import RepeatSampler, pad
 
 from ..batches import equal_number_of_forwards, score_tokens
+from ..rollouts import PlayedBatch
 from ..runs import called_alone, check_rollouts, keep_output_precision, set_timeout, shards_with_zero3
 from ..sampling import (
     CachedTurnSampler,
@@ -159,7 +160,7 @@ class SeamedGRPOTrainer(FaultTolerantGRPOTrainer):
         self._captured_entropies: list[Tensor] | None = None
         self._loss_inputs: dict[str, Any] | None = None  # what TRL's loss reads, while it is being computed
         self._plays_episodes = False
-        self._played_batch: dict[str, list] | None = None
+        self._played_batch: PlayedBatch | None = None
         # The reward of each episode of the generation batch, over all processes; NaN for those that failed.
         self.episode_rewards: Tensor | None = None
         # Which completion tokens carry loss, (B, T), while they are being scored; None: all of them.
@@ -213,10 +214,17 @@ class SeamedGRPOTrainer(FaultTolerantGRPOTrainer):
         if not self.use_vllm:
             slow = self.use_transformers_continuous_batching or unfit_for_cached_sampler(self._causal_lm(self.model))
             check_rollouts(self.accelerator, calls_whole_model=bool(slow))
+        else:
+            self._prepare_vllm()
         self._plays_episodes = True
-        self.rollout_func = lambda prompts, trainer: dict(self._played_batch["fields"])
+        self.rollout_func = lambda prompts, trainer: {
+            "prompt_ids": self._played_batch.prompt_ids,
+            "completion_ids": self._played_batch.completion_ids,
+            "logprobs": self._played_batch.logprobs,
+            "env_mask": self._played_batch.action_mask,
+        }
 
-    def prepare_vllm(self) -> None:
+    def _prepare_vllm(self) -> None:
         """Make a vLLM engine sample as the trainer's other generation does; called once."""
         generation = self.vllm_generation
         if self.args.vllm_enable_sleep_mode:
@@ -231,39 +239,23 @@ class SeamedGRPOTrainer(FaultTolerantGRPOTrainer):
             set_seed(self.args.seed, device_specific=True)
 
     @property
-    def vllm_context_length(self) -> int | None:
-        """The longest transcript, in tokens, that the vLLM engine takes; `None` where this process does not know."""
-        if self.vllm_mode == "colocate":
-            return self.vllm_generation.llm.llm_engine.model_config.max_model_len
-        if not self.accelerator.is_main_process:
-            return None
-        return self.vllm_generation.vllm_client.get_server_info()["model_config"]["max_model_len"]
+    def context_length(self) -> int | None:
+        """The longest context, in tokens, that the model takes, and the vLLM engine if there is one; `None`: no bound is known."""
+        bounds = [getattr(self.model.config.get_text_config(), "max_position_embeddings", None)]
+        if self.use_vllm:
+            bounds.append(self.args.vllm_max_model_length)
+            if self.vllm_mode == "colocate":
+                bounds.append(self.vllm_generation.llm.llm_engine.model_config.max_model_len)
+            elif self.accelerator.is_main_process:
+                bounds.append(self.vllm_generation.vllm_client.get_server_info()["model_config"]["max_model_len"])
+        return min((bound for bound in bounds if bound is not None), default=None)
 
-    def set_played_batch(
-        self,
-        prompt_ids: list[list[int]],
-        completion_ids: list[list[int]],
-        logprobs: list[list[float]] | None,
-        action_mask: list[list[int]],
-        completions: list[list[dict[str, str]]],
-        failed: list[bool],
-        context_ids: list[list[int]] | None = None,
-    ) -> None:
+    def set_played_batch(self, batch: PlayedBatch) -> None:
         """
-        The completions of the current generation batch; those that `failed` get no reward at all. With `context_ids`
+        The completions of the current generation batch. Failed episodes get no reward at all; where there are `context_ids`
         each token is scored with the earlier tokens of its own context before it, and no others.
         """
-        self._played_batch = {
-            "fields": {
-                "prompt_ids": prompt_ids,
-                "completion_ids": completion_ids,
-                "logprobs": logprobs,
-                "env_mask": action_mask,
-            },
-            "completions": completions,
-            "failed": failed,
-            "context_ids": context_ids,
-        }
+        self._played_batch = batch
 
     def padded(self, rows: list[list[int]], value: int) -> Tensor:
         """Lists over the completion's tokens as a tensor of the batch, (B, T)."""
@@ -479,17 +471,18 @@ class SeamedGRPOTrainer(FaultTolerantGRPOTrainer):
         # Of played episodes TRL decodes the tokens once more; as chats it would look for tool calls in them.
         outputs = list(super()._generate(prompts if self._played_batch is None else [""] * len(prompts)))
         if self._played_batch is not None:
-            outputs[3] = self._played_batch["completions"]
+            outputs[3] = [episode.completion for episode in self._played_batch.episodes]
         if outputs[2] is not None:
             self._loss_mask = self.padded(outputs[2], 0)
-            if self._played_batch is not None and self._played_batch["context_ids"] is not None:
-                self.loss_context_ids = self.padded(self._played_batch["context_ids"], 0)
+            if self._played_batch is not None and self._played_batch.context_ids is not None:
+                self.loss_context_ids = self.padded(self._played_batch.context_ids, 0)
         return tuple(outputs)
 
     def _calculate_rewards(self, inputs, prompts, completions, completion_ids_list):
         rewards = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
         if self._played_batch is not None:
-            failed = gather(torch.tensor(self._played_batch["failed"], device=rewards.device))
+            failed = [episode.failed for episode in self._played_batch.episodes]
+            failed = gather(torch.tensor(failed, device=rewards.device))
             rewards[failed] = torch.nan  # no reward: neither loss nor baseline
             self.episode_rewards = (rewards * self.reward_weights.to(rewards.device)).nansum(dim=1)
             self.episode_rewards[failed] = torch.nan

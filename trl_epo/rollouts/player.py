@@ -1,0 +1,284 @@
+"""Generation batches and panels of text episodes, over all processes. Knows no trainer."""
+
+import math
+import sys
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from accelerate import Accelerator
+from accelerate.utils import gather_object
+from transformers.trainer_utils import has_length
+
+from ..config import EPOConfig
+from ..sampling import TurnSampler
+from .chat import ChatEncoder
+from .contexts import ContextRules, PromptBuilder, build_prompt, describe_turn
+from .dataset_rows import FirstRow, environment_options
+from .environment_pool import EnvironmentPool
+from .episode import Episode, EpisodeSummary, StopReason, episode_row
+from .failure_log import FailureLog
+from .rollout import ActionParser, EpisodeStart, Limits, parse_action, parse_tagged_action, play_episodes
+
+
+FAILURES_FILE = Path("episodes", "failures.jsonl")
+MAX_RESAMPLES = 3  # of a group whose returns are all equal
+# In the place of a row that accelerate repeats, to fill up the last batch of an evaluation.
+UNPLAYED = Episode([{"role": "user", "content": ""}], (), (), StopReason.FAILURE)
+
+# Of this process's episodes: which of them to play again, and in how many groups these are, over all processes.
+FlatEpisodes = Callable[[list[Episode]], tuple[list[int], int]]
+
+
+class TooManyFailures(RuntimeError):
+    """More episodes of a generation batch failed than `max_failed_fraction` allows."""
+
+
+@dataclass(frozen=True)
+class PlayedBatch:
+    """
+    This process's episodes of a generation batch, and the rows of tokens that they make; lists by episode.
+
+    Args:
+        episodes (`list[Episode]`): As they were played.
+        prompt_ids (`list[list[int]]`): Tokens of the first prompt.
+        completion_ids (`list[list[int]]`): Tokens after it: actions, and observations between them.
+        logprobs (`list[list[float]]` or `None`): Sampling log-probabilities of these, in nats; `None` if they are not known.
+        action_mask (`list[list[int]]`): 1 at action tokens.
+        turn_ids (`list[list[int]]`): The turn of each action token; −1 at observation tokens.
+        context_ids (`list[list[int]]` or `None`): The context of each token; `None` if all are in one.
+        num_resampled (`int`): Groups that were played again, over all processes.
+    """
+
+    episodes: list[Episode]
+    prompt_ids: list[list[int]]
+    completion_ids: list[list[int]]
+    logprobs: list[list[float]] | None
+    action_mask: list[list[int]]
+    turn_ids: list[list[int]]
+    context_ids: list[list[int]] | None
+    num_resampled: int = 0
+
+
+class EpisodePlayer:
+    """
+    Plays the episodes of dataset rows: which group each belongs to, its seed, which are played again, what is noted of them.
+
+    A mode is `"train"` or `"eval"`.
+
+    Args:
+        args ([`EPOConfig`]): The settings.
+        accelerator ([`~accelerate.Accelerator`]): Tells this process's place, and gathers over all.
+        environments ([`EnvironmentPool`]): The environments.
+        chat ([`ChatEncoder`]): Turns messages into tokens.
+        max_length (`int`): Longest context after its first prompt, in tokens, observations included.
+        context_length (`int` or `None`): Longest context, in tokens; `None` if no bound is known.
+        num_generations_eval (`int`): Episodes of each row of a panel.
+        action_parser (`Callable[[str], str | None]`, *optional*): Finds the action in the model's text.
+        prompt_builder (`Callable`, *optional*): Makes the prompt of a turn where a window is asked for.
+
+    Attributes:
+        environments ([`EnvironmentPool`]): The environments.
+        action_parser (`Callable[[str], str | None]`): Finds the action in the model's text.
+        failures ([`FailureLog`]): Failures of episodes, over all processes.
+        summaries (`dict[str, list[EpisodeSummary]]`): By mode: episodes that have not been logged, of all processes.
+    """
+
+    def __init__(
+        self,
+        args: EPOConfig,
+        accelerator: Accelerator,
+        environments: EnvironmentPool,
+        chat: ChatEncoder,
+        max_length: int,
+        context_length: int | None,
+        num_generations_eval: int,
+        action_parser: ActionParser | None = None,
+        prompt_builder: PromptBuilder | None = None,
+    ):
+        self._args = args
+        self._accelerator = accelerator
+        self.environments = environments
+        self._num_generations_eval = num_generations_eval
+        windows = args.context == "window"
+        asks_for_tags = windows and prompt_builder is None
+        self.action_parser = action_parser or (parse_tagged_action if asks_for_tags else parse_action)
+        self._rules = ContextRules(
+            chat,
+            max_length=max_length,
+            context_length=context_length,
+            max_turn_length=args.max_turn_length,
+            window=windows,
+            overflow_to_window=args.context_overflow == "window",
+            context_turns=args.context_turns,
+            prompt_builder=prompt_builder or (build_prompt if windows else describe_turn),
+        )
+        self._limits = Limits(
+            max_turns=args.max_turns,
+            max_turn_length=args.max_turn_length,
+            max_concurrent_episodes=args.max_concurrent_episodes or math.inf,
+            patience=args.environment_patience,
+            max_retries=args.env_max_retries,
+            max_observation_length=args.max_observation_length,
+        )
+        self._num_panel_rows = 0  # that were given out so far
+        self._panel_size = 0  # in episodes
+        self.failures = FailureLog(Path(args.output_dir, FAILURES_FILE), accelerator.is_main_process)
+        self.summaries: dict[str, list[EpisodeSummary]] = {"train": [], "eval": []}
+
+    def check_prompts(self, first_row: FirstRow) -> None:
+        """Try the prompt builder, if there is one, on the dataset's first row. Raises a `ValueError` if it does not do."""
+        self._rules.check_builder(*first_row)
+
+    def begin_training(self) -> None:
+        """Forget what an earlier training has left."""
+        self._begin("train")
+
+    def begin_panel(self, rows) -> None:
+        """
+        Begin an evaluation set; what an evaluation that was interrupted has left is forgotten.
+
+        Raises:
+            ValueError: If the batches of the evaluation cannot hold whole groups.
+        """
+        batch_size = self._args.eval_batch_size * self._accelerator.num_processes
+        if batch_size % self._num_generations_eval:
+            raise ValueError(
+                f"An evaluation batch of {batch_size} episodes (`per_device_eval_batch_size` times the processes) "
+                f"cannot hold whole groups of {self._num_generations_eval}. Set `num_generations_eval` to a divisor "
+                "of it."
+            )
+        self._num_panel_rows = 0
+        self._panel_size = len(rows) * self._num_generations_eval if has_length(rows) else sys.maxsize
+        self._begin("eval")
+
+    def _begin(self, mode: str) -> None:
+        self.summaries[mode].clear()
+        self.failures.begin(mode)
+
+    def play(
+        self,
+        rows: list[dict[str, Any]],
+        mode: str,
+        sampler: TurnSampler,
+        step: int,
+        rl_step: int,
+        flat_episodes: FlatEpisodes,
+    ) -> PlayedBatch:
+        """
+        Play an episode from each of this process's dataset rows; called by every process at once.
+
+        Args:
+            rows (`list[dict]`): Dataset rows, the copies of a group's next to each other.
+            mode (`str`): `"train"` or `"eval"`.
+            sampler ([`TurnSampler`]): Samples from the policy.
+            step (`int`): Optimizer steps made.
+            rl_step (`int`): Index of the RL step, from 0.
+            flat_episodes (`Callable`): Tells which episodes teach nothing, since their group's rewards are all equal.
+
+        Raises:
+            TooManyFailures: If more than `max_failed_fraction` of a training batch failed, on all processes.
+        """
+        groups = self._group_numbers(mode, len(rows))
+        resamples = MAX_RESAMPLES * (mode == "train" and self._args.filter_zero_variance_groups == "resample")
+        starts = [
+            [self._start(row, mode, rl_step, group, attempt) for row, group in zip(rows, groups, strict=False)]
+            for attempt in range(1 + resamples)
+        ]
+        episodes, num_resampled = self._play(starts[0], sampler), 0
+        for others in starts[1:]:
+            flat, num_groups = flat_episodes(episodes)
+            num_resampled += num_groups
+            for i, episode in zip(flat, self._play([others[i] for i in flat], sampler), strict=True):
+                episodes[i] = episode
+        summaries = [EpisodeSummary.of(episode, group) for episode, group in zip(episodes, groups, strict=True)]
+        summaries = gather_object(summaries)
+        failures = self.failures.share(mode, step=step, rl_step=rl_step)
+        if mode == "train":
+            self._check_failed_fraction(summaries, failures)
+        self.summaries[mode] += summaries
+        return self._batch(episodes + [UNPLAYED] * (len(rows) - len(groups)), num_resampled)
+
+    def _play(self, starts: list[EpisodeStart], sampler: TurnSampler) -> list[Episode]:
+        episodes = play_episodes(
+            starts=starts,
+            pool=self.environments,
+            rules=self._rules,
+            sampler=sampler,
+            limits=self._limits,
+            action_parser=self.action_parser,
+        )
+        self.failures.note(episodes)
+        return episodes
+
+    def _check_failed_fraction(self, summaries: list[EpisodeSummary], failures: list[dict[str, Any]]) -> None:
+        num_failed = sum(summary.stop_reason is StopReason.FAILURE for summary in summaries)
+        if num_failed <= self._args.max_failed_fraction * len(summaries):
+            return
+        first = failures[0]
+        raise TooManyFailures(
+            f"{num_failed} of {len(summaries)} episodes failed, more than `max_failed_fraction="
+            f"{self._args.max_failed_fraction}` allows. The first: {first['kind']} after {first['num_turns']} turns: "
+            f"{first['cause']}\nAll of them, with tracebacks: {self.failures.path}."
+        )
+
+    def _group_numbers(self, mode: str, num_rows: int) -> list[int]:
+        """
+        Which group of the generation batch, or which row of the panel, each of this process's dataset rows belongs to.
+        Those with which accelerate fills up the last batch of an evaluation come last and get no number.
+        """
+        first = self._accelerator.process_index * num_rows
+        if mode == "train":
+            return [index // self._args.num_generations for index in range(first, first + num_rows)]
+        first += self._num_panel_rows
+        self._num_panel_rows += num_rows * self._accelerator.num_processes
+        last = min(first + num_rows, self._panel_size)
+        return [index // self._num_generations_eval for index in range(first, last)]
+
+    def _start(self, row: dict[str, Any], mode: str, rl_step: int, group: int, attempt: int) -> EpisodeStart:
+        """Where the episode of a dataset row begins; the copies of a row, on whatever process, share one seed."""
+        seed = row.get("seed")
+        if seed is None:
+            # Training: a new seed each RL step. Evaluation: the same panel each time.
+            train = mode == "train"
+            seed = derived_seed(self._args.seed, train, rl_step if train else 0, group, attempt)
+        name = row.get("environment") if self.environments.named else None
+        return EpisodeStart(row.get("prompt") or [], seed, environment_options(row), name)
+
+    def _batch(self, episodes: list[Episode], num_resampled: int) -> PlayedBatch:
+        pad_token_id = self._rules.chat.tokenizer.pad_token_id  # stands for the tokens of a failed episode
+        rows = [episode_row(episode, pad_token_id) for episode in episodes]
+        logprobs = [row.logprobs for row in rows]
+        windowed = self._args.context == "window" or self._args.context_overflow == "window"
+        return PlayedBatch(
+            episodes=episodes,
+            # A failed episode keeps its place in the batch, but not its prompt, which may be what failed.
+            prompt_ids=[[pad_token_id] if episode.failed else list(episode.prompt_ids) for episode in episodes],
+            completion_ids=[row.completion_ids for row in rows],
+            logprobs=None if None in logprobs else logprobs,
+            action_mask=[row.action_mask for row in rows],
+            turn_ids=[row.turn_ids for row in rows],
+            context_ids=[row.context_ids for row in rows] if windowed else None,
+            num_resampled=num_resampled,
+        )
+
+    # Figures of a run between two log entries, as JSON can carry them
+
+    def state_dict(self) -> dict[str, Any]:
+        return {
+            "episodes": [summary.as_json() for summary in self.summaries["train"]],
+            "failures": self.failures.counts["train"],
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.summaries["train"] = [EpisodeSummary.from_json(row) for row in state["episodes"]]
+        self.failures.counts["train"] = Counter(state["failures"])
+
+
+def derived_seed(seed: int, train: bool, step: int, group: int, attempt: int = 0) -> int:
+    """A seed of 32 bits for a group's episodes, well mixed and the same on every machine."""
+    parts = [seed, train, step, group, attempt] if attempt else [seed, train, step, group]
+    return int(np.random.SeedSequence(parts).generate_state(1)[0])
