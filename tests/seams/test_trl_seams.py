@@ -1,82 +1,44 @@
 """
-Private names of TRL, and of Trainer below it, that this package relies on. If this fails, adapt `trl_epo/seams/trl.py` or
-`trl_epo/seams/checkpoints.py` to the new TRL.
+Private names of TRL, and of Trainer below it, that this package relies on. `python -m trl_epo.seams` says the same.
 """
 
 import inspect
+import subprocess
+import sys
 
-import pytest
-import transformers.trainer
-import trl
-from transformers import Trainer
+from conftest import child_environment
 from trl import GRPOTrainer
-from trl.trainer import utils as trl_utils
 
 from trl_epo import EPOTrainer
-from trl_epo.seams import checkpoints as _fault_seams
-from trl_epo.seams import trl as _trl_seams
+from trl_epo.seams import differences as seams
+from trl_epo.seams.differences import ATTRIBUTES, SIGNATURES, differences, versions
 
 
-SEAMS = {_trl_seams.SeamedGRPOTrainer: _trl_seams, _fault_seams.FaultTolerantGRPOTrainer: _fault_seams}
-SIGNATURES = _trl_seams.SIGNATURES | _fault_seams.SIGNATURES
-ATTRIBUTES = _trl_seams.ATTRIBUTES + _fault_seams.ATTRIBUTES
-REMEDY = (
-    f"TRL {trl.__version__} or transformers {transformers.__version__} differs from what trl_epo was written for; adapt "
-    "trl_epo/seams/trl.py or trl_epo/seams/checkpoints.py."
-)
+REMEDY = f"{versions()} differ from what trl_epo was written for; adapt trl_epo/seams/."
 
 
-@pytest.mark.parametrize("name", SIGNATURES)
-def test_signature(name):
-    method = getattr(GRPOTrainer, name, None)
-    assert method is not None, f"GRPOTrainer has no method {name!r} any more. {REMEDY}"
-    parameters = tuple(inspect.signature(method).parameters)
-    assert parameters == SIGNATURES[name], f"GRPOTrainer.{name} takes {parameters} now. {REMEDY}"
+def test_nothing_differs():
+    assert differences() == [], REMEDY
 
 
-@pytest.mark.parametrize("name", sorted(set(ATTRIBUTES)))
-def test_attribute(name):
-    source = inspect.getsource(GRPOTrainer) + inspect.getsource(Trainer)
-    assert f"self.{name}" in source, f"GRPOTrainer has no attribute {name!r} any more. {REMEDY}"
+def test_what_differs_is_named(monkeypatch):
+    monkeypatch.setitem(seams.SIGNATURES, "_generate", ("self", "prompts", "images"))
+    monkeypatch.setitem(seams.SIGNATURES, "_generate_turns", ("self",))
+    monkeypatch.setattr(seams, "ATTRIBUTES", ["_metrics", "_numbers"])
+    monkeypatch.setattr(seams, "SOURCES", [("GRPOTrainer.log", GRPOTrainer.log, ("the moon",), "a reason")])
+    monkeypatch.delitem(seams.trl_seams.SIGNATURES, "_calculate_rewards")
+    signature, gone, attribute, source, unlisted = differences()
+    assert "GRPOTrainer._generate takes ('self', 'prompts') instead of" in signature and "gone ['images']" in signature
+    assert gone == "GRPOTrainer has no method '_generate_turns' any more."
+    assert attribute == "GRPOTrainer sets no attribute '_numbers' any more."
+    assert "GRPOTrainer.log does not say ('the moon',)" in source
+    assert unlisted.startswith("SeamedGRPOTrainer overrides GRPOTrainer._calculate_rewards")
 
 
-def test_tile_of_the_fused_head():
-    source = inspect.getsource(trl_utils.add_fused_lm_head)
-    assert "_CHUNKED_LOGPROB_CHUNK_SIZE" in source, f"The fused head's tile has another name. {REMEDY}"
-
-
-def test_table_of_completions():
-    source = inspect.getsource(GRPOTrainer.log)
-    assert "print_prompt_completions_sample(" in source, f"The table of completions is printed otherwise. {REMEDY}"
-
-
-def test_rotation_of_checkpoints():
-    # A function of the module, which can be put off; called last, with keywords only.
-    source = inspect.getsource(Trainer._save_checkpoint)
-    assert source.rstrip().endswith("use_mtime=True,\n            )"), (
-        f"Trainer deletes old checkpoints elsewhere. {REMEDY}"
-    )
-    assert "rotate_checkpoints(\n                output_dir=run_dir," in source, f"Rotation has another name. {REMEDY}"
-    assert callable(transformers.trainer.rotate_checkpoints)
-
-
-def test_norm_of_the_gradient_comes_just_before_the_optimizers_step():
-    source = inspect.getsource(Trainer._run_epoch)
-    order = [
-        "self._get_grad_norm(",
-        "self.optimizer.step()",
-        "self.state.global_step += 1",
-        "self._maybe_log_save_evaluate(",
-    ]
-    places = [source.find(part) for part in order]
-    assert -1 not in places and places == sorted(places), f"Trainer's optimizer step has another order. {REMEDY}"
-
-
-@pytest.mark.parametrize("trainer", SEAMS, ids=lambda trainer: trainer.__name__)
-def test_every_override_is_listed(trainer):
-    overrides = {name for name in vars(trainer) if hasattr(GRPOTrainer, name) and not name.startswith("__")}
-    unlisted = overrides - set(SEAMS[trainer].SIGNATURES) - {"train"}
-    assert not unlisted, f"Overridden but not listed in SIGNATURES: {unlisted}"
+def test_command():
+    command = [sys.executable, "-m", "trl_epo.seams"]
+    done = subprocess.run(command, env=child_environment(), capture_output=True, text=True, timeout=300)
+    assert (done.returncode, done.stdout) == (0, f"{versions()}: no differences\n"), done.stderr
 
 
 def test_private_names_stay_in_one_module():
