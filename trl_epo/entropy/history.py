@@ -122,10 +122,6 @@ class EntropyHistory:
         self._turns = [tuple(turn) for turn in state["turns"]]
         self._optimizer_step = tuple(state["optimizer_step"])
 
-
-def _mean(values: list[float]) -> float | None:
-    return sum(values) / len(values) if values else None
-
     def save(self, path: str | os.PathLike) -> None:
         """Write it as JSON."""
         with open(path, "w") as file:
@@ -140,3 +136,7 @@ def _mean(values: list[float]) -> float | None:
             return
         with open(path) as file:
             self.load_state_dict(json.load(file))
+
+
+def _mean(values: list[float]) -> float | None:
+    return sum(values) / len(values) if values else None
