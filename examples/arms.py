@@ -21,7 +21,7 @@ from trl import TrlParser
 
 from trl_epo import EPOConfig, EPOTrainer
 from trl_epo.envs import household
-from trl_epo.rollouts.contexts import PastTurn, TurnView
+from trl_epo.rollouts import PastTurn, TurnView
 
 
 GRPO = {"entropy_coef": 0.0}

@@ -29,8 +29,8 @@ from trl import SFTConfig, SFTTrainer
 
 from trl_epo import EPOConfig, EPOTrainer
 from trl_epo.envs import TextEnv
-from trl_epo.reports.plots import plot_training
-from trl_epo.rollouts.chat import ChatEncoder
+from trl_epo.reports import plot_training
+from trl_epo.rollouts import ChatEncoder
 
 
 # A script's folder comes first on the path, where `examples/scienceworld.py` would hide the package of that name.

@@ -18,11 +18,8 @@ from common import load, save_json, show
 from trl import TrlParser
 
 from trl_epo.envs.household import Household
-from trl_epo.rollouts.chat import ChatEncoder
-from trl_epo.rollouts.contexts import ContextRules
-from trl_epo.rollouts.environment_pool import EnvironmentPool
-from trl_epo.rollouts.rollout import EpisodeStart, Limits, play_episodes
-from trl_epo.sampling.turns import Sample
+from trl_epo.rollouts import ChatEncoder, ContextRules, EnvironmentPool, EpisodeStart, Limits, play_episodes
+from trl_epo.sampling import Sample
 
 
 @dataclass

@@ -13,7 +13,7 @@ from .dataset_rows import FirstRow, check_first_row, placeholder_dataset
 from .environment_pool import EnvironmentPool, make_environment_pool
 from .episode import Episode, EpisodeSummary, StopReason, Turn, episode_return
 from .player import FAILURES_FILE, EpisodePlayer, PlayedBatch, TooManyFailures
-from .rollout import ActionParser, parse_action, parse_tagged_action
+from .rollout import ActionParser, EpisodeStart, Limits, parse_action, parse_tagged_action, play_episodes
 
 
 __all__ = [
@@ -24,8 +24,10 @@ __all__ = [
     "EnvironmentPool",
     "Episode",
     "EpisodePlayer",
+    "EpisodeStart",
     "EpisodeSummary",
     "FirstRow",
+    "Limits",
     "PastTurn",
     "PlayedBatch",
     "PromptBuilder",
@@ -43,4 +45,5 @@ __all__ = [
     "parse_action",
     "parse_tagged_action",
     "placeholder_dataset",
+    "play_episodes",
 ]
