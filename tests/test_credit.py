@@ -8,10 +8,17 @@ import pytest
 import torch
 from conftest import Corridor, make_model
 from datasets import Dataset
-from peft import LoraConfig
+from peft import LoraConfig, get_peft_model
 from test_text_episodes import make_trainer as make_any_trainer
 from test_text_episodes import weights
-from transformers import AutoModelForTokenClassification, BloomConfig, BloomForCausalLM, TrainerCallback
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForTokenClassification,
+    BitsAndBytesConfig,
+    BloomConfig,
+    BloomForCausalLM,
+    TrainerCallback,
+)
 
 from trl_epo import EPOConfig
 from trl_epo.advantages import gae
@@ -422,6 +429,35 @@ class TestCritic:
         make_model(vocab_size=len(tokenizer) - 1).save_pretrained(tmp_path / "other")
         with pytest.raises(ValueError, match=f"knows {len(tokenizer) - 1} tokens.*tokenizer has {len(tokenizer)}"):
             make_trainer(tmp_path, tokenizer, advantage_estimator="gae", critic_model=str(tmp_path / "other"))
+
+    @pytest.mark.parametrize("shape", [None, (-1, 1)], ids=["8 bits", "4 bits"])
+    def test_a_quantized_policy_wants_a_critic_model(self, tmp_path, model, shape):
+        """bitsandbytes keeps codes in the place of weights: a byte each, or two in a byte of one long column."""
+        policy = get_peft_model(model, LoraConfig(r=2, target_modules=["q_proj"]))
+        layer = model.model.layers[1].self_attn.q_proj.base_layer
+        codes = torch.full_like(layer.weight, 7, dtype=torch.int8)
+        layer.weight = torch.nn.Parameter(codes.view(shape or codes.shape), requires_grad=False)
+        with pytest.raises(
+            ValueError, match=r"q_proj.base_layer.weight' is int8 .*Set `critic_model` to a whole model"
+        ):
+            make_critic(policy, None)
+        make_model(seed=1).save_pretrained(tmp_path / "other")
+        make_critic(policy, str(tmp_path / "other"))
+
+    @pytest.mark.parametrize("bits", [4, 8])
+    def test_a_policy_that_bitsandbytes_quantized(self, tmp_path, tokenizer, bits):
+        pytest.importorskip("bitsandbytes")
+        make_model(hidden_size=64).save_pretrained(tmp_path / "policy")
+        quantization = BitsAndBytesConfig(load_in_4bit=bits == 4, load_in_8bit=bits == 8)
+        kwargs = {"advantage_estimator": "gae", "factory": Steps, "max_steps": 1, "bf16": True}
+        kwargs["trainer_kwargs"] = {"peft_config": LoraConfig(r=2, target_modules=["q_proj"])}
+
+        def policy():
+            return AutoModelForCausalLM.from_pretrained(tmp_path / "policy", quantization_config=quantization)
+
+        with pytest.raises(ValueError, match="Set `critic_model` to a whole model"):
+            make_trainer(tmp_path, tokenizer, model=policy(), **kwargs)
+        make_trainer(tmp_path, tokenizer, model=policy(), critic_model=str(tmp_path / "policy"), **kwargs).train()
 
     def test_training_twice_and_a_given_optimizer(self, tmp_path, tokenizer):
         kwargs = {"advantage_estimator": "gae", "factory": Steps}

@@ -28,9 +28,9 @@ BASE = {
 ROWS = Dataset.from_dict({"length": [2, 3, 4, 5]})
 
 
-def make_trainer(tmp_path, tokenizer, factory=Corridor, dataset=ROWS, trainer_kwargs=None, **kwargs):
+def make_trainer(tmp_path, tokenizer, factory=Corridor, dataset=ROWS, trainer_kwargs=None, model=None, **kwargs):
     return EPOTrainer(
-        make_model(),
+        model or make_model(),
         args=EPOConfig(str(tmp_path), **{**BASE, **kwargs}),
         train_dataset=dataset,
         processing_class=tokenizer,

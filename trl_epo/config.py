@@ -143,8 +143,8 @@ class EPOConfig(GRPOConfig):
             ω, the weight of GiGPO's turn-level advantage.
         critic_model (`str`, *optional*):
             The critic of `"gae"`: a model on disk or the Hub that has the policy's tokenizer. `None`: the policy's weights
-            at the start; for a policy with adapters, with adapters of the same kind. A model without a value head gets one
-            that says 0.
+            at the start; for a policy with adapters, with adapters of the same kind. A quantized policy needs one. A model
+            without a value head gets one that says 0.
         critic_learning_rate (`float`, *optional*, defaults to `1e-5`):
             Learning rate of the critic; follows the policy's schedule. Its weights do not decay.
         critic_warmup_steps (`int`, *optional*, defaults to `0`):
