@@ -13,6 +13,7 @@ from torch.profiler import profile
 from transformers import BloomConfig, BloomForCausalLM
 
 from trl_epo import EPOConfig, EPOTrainer
+from trl_epo.episode import StopReason
 
 
 BASE = {
@@ -117,6 +118,45 @@ class TestTraining:
             for ids, m, c in zip(inputs["completion_ids"], mask, inputs["completion_mask"], strict=True)
         ]
         assert any("You are at" in tokenizer.decode(ids) for ids in observed)
+
+    @pytest.mark.parametrize("estimator", ["grpo", "turn", "gae"])
+    def test_what_a_limit_cut_off_is_masked_if_asked_for(self, tmp_path, tokenizer, estimator):
+        """Whatever token an episode ends with."""
+
+        class Turns(Corridor):
+            """Ends as told: after 1 turn by itself, after 2 by its own limit, or not at all."""
+
+            def step(self, action):
+                self.num_steps += 1
+                return "ok", float("r" in action), self.door == 1, self.door == 2 == self.num_steps, {}
+
+        kwargs = {"mask_truncated_completions": True, "advantage_estimator": estimator, "max_steps": 1}
+        kwargs |= {"num_generations": 2, "max_turn_length": 2}
+        rows = Dataset.from_dict({"length": [1, 2, 3, 1]})
+        trainer = make_trainer(tmp_path, tokenizer, Turns, rows, **kwargs)
+        batches, extend = [], trainer.extend_batch
+        trainer.extend_batch = lambda batch: batches.append(extend(batch)) or batches[-1]
+        before = weights(trainer)
+        trainer.train()
+        [batch] = batches
+        trained = (batch["completion_mask"] * batch["tool_mask"]).bool()
+        assert batch["num_items_in_batch"] == trained.sum()
+        assert torch.equal(trained, batch["turn_ids"] >= 0)
+        ends = Counter()
+        for mask, episode in zip(trained.any(dim=1).tolist(), trainer._episodes, strict=True):
+            assert mask == (episode.stop_reason is StopReason.TERMINATED), episode.stop_reason
+            ends[episode.stop_reason, episode.turns[-1].action_ids[-1] == tokenizer.eos_token_id] += 1
+        assert ends[StopReason.TERMINATED, False] and ends[StopReason.TRUNCATED, False]
+        assert {reason for reason, _ in ends} >= {StopReason.TERMINATED, StopReason.TRUNCATED, StopReason.MAX_TURNS}
+        assert not torch.equal(weights(trainer), before)
+
+    @pytest.mark.parametrize("estimator", ["grpo", "gae"])
+    def test_a_batch_of_masked_episodes_alone(self, tmp_path, tokenizer, estimator):
+        kwargs = {"mask_truncated_completions": True, "advantage_estimator": estimator, "max_turns": 2}
+        trainer = make_trainer(tmp_path, tokenizer, dataset=Dataset.from_dict({"length": [900] * 4}), **kwargs)
+        before = weights(trainer)
+        trainer.train()
+        assert torch.equal(weights(trainer), before)
 
     def test_kept_logprobs_are_the_training_forwards(self, tmp_path, tokenizer):
         trainer = make_trainer(tmp_path, tokenizer, temperature=0.7)

@@ -96,6 +96,7 @@ ATTRIBUTES = (
     "chat_template",
     "chat_template_kwargs",
     "max_completion_length",
+    "mask_truncated_completions",
     "temperature",
     "generation_config",
     "generation_kwargs",
@@ -214,6 +215,7 @@ class SeamedGRPOTrainer(FaultTolerantGRPOTrainer):
             slow = self.use_transformers_continuous_batching or unfit_for_cached_sampler(self._causal_lm(self.model))
             check_rollouts(self.accelerator, calls_whole_model=bool(slow))
         self._plays_episodes = True
+        self.mask_truncated_completions = False  # TRL's looks at the last token; an episode knows why it ended
         self.rollout_func = lambda prompts, trainer: dict(self._played_batch["fields"])
 
     def prepare_vllm(self) -> None:

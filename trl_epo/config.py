@@ -28,7 +28,7 @@ class EPOConfig(GRPOConfig):
     r"""
     Configuration class for [`EPOTrainer`].
 
-    Only the parameters that are new, or whose default differs, are listed here; everything else is inherited from
+    Only the parameters that are new, or that differ, are listed here; everything else is inherited from
     [`~trl.GRPOConfig`]. Symbols and equations are those of the paper (arXiv 2509.22576). On a machine without an
     accelerator `use_cpu` is set, so that the defaults work there too.
 
@@ -88,6 +88,10 @@ class EPOConfig(GRPOConfig):
             Longest episode after its first prompt, in tokens, observations included; with `context="window"` the longest
             context. `None`: the rest of the model's context length for text episodes, and TRL's 512 without a text
             environment.
+        mask_truncated_completions (`bool`, *optional*, defaults to `False`):
+            Leave text episodes that a limit cut off (stop reasons `truncated`, `max_turns` and `token_budget`) out of
+            the loss and the entropy term; they stay in their group's baseline. An action that was cut at
+            `max_turn_length` does not matter. (TRL looks at the last token, which is the last action's.)
         max_concurrent_episodes (`int`, *optional*):
             Text episodes that a process plays at once; the others of a generation batch follow as these end. Bounds
             the number of environments and the key/value cache, which holds this many episodes of the longest length

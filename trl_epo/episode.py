@@ -1,6 +1,6 @@
 """What an episode is: turns of sampled tokens and observations, and the training row they make."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import Enum
 from typing import Any
 
@@ -91,6 +91,11 @@ class Episode:
         return self.stop_reason is StopReason.FAILURE
 
     @property
+    def cut_off(self) -> bool:
+        """Whether a limit ended it: the environment's or the trainer's on turns, or the one on tokens."""
+        return self.stop_reason in (StopReason.TRUNCATED, StopReason.MAX_TURNS, StopReason.TOKEN_BUDGET)
+
+    @property
     def episode_return(self) -> float:
         """The undiscounted sum of the environment's rewards (γ = 1)."""
         return sum(turn.reward for turn in self.turns)
@@ -148,6 +153,11 @@ class Row:
     turn_ids: list[int]
     context_ids: list[int]
     logprobs: list[float] | None
+
+    def masked(self) -> "Row":
+        """The same tokens, none of which is trained on."""
+        length = len(self.completion_ids)
+        return replace(self, action_mask=[0] * length, turn_ids=[-1] * length)
 
 
 def episode_row(episode: Episode, placeholder_id: int) -> Row:

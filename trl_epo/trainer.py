@@ -275,6 +275,10 @@ class EPOTrainer(SeamedGRPOTrainer):
         self._episodes = episodes
         pad_id = self._tokenizer.pad_token_id
         training_rows = [episode_row(episode, pad_id) for episode in episodes]
+        if self.args.mask_truncated_completions:
+            training_rows = [
+                row.masked() if episode.cut_off else row for row, episode in zip(training_rows, episodes, strict=True)
+            ]
         logprobs = [row.logprobs for row in training_rows]
         windowed = self.args.context == "window" or self.args.context_overflow == "window"
         self.set_played_batch(
