@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import threading
 
 import pytest
@@ -179,6 +180,40 @@ def test_advantages_are_those_of_the_turns(tmp_path, tokenizer, estimator):
                 assert len(tokens) == len(turn.action_ids)
                 assert tokens.tolist() == pytest.approx([expected] * len(tokens), abs=1e-5)
     assert not batch["advantages"][batch["turn_ids"] < 0].any() or estimator == "gigpo"
+
+
+class Dense(Corridor):
+    """Earns 1 each turn."""
+
+    def step(self, action):
+        return "ok", 1.0, False, False, {}
+
+
+@pytest.mark.parametrize(
+    ("reward_weights", "own_weight", "return_weight"),
+    [([0.5], None, 0.5), ([0.1], None, 0.1), ([3.0], 3.0, 1.0), ([3.0, 0.1], 3.0, 0.1), ([3.0, 0.0], 3.0, 0.0)],
+)
+def test_turns_are_credited_with_weighted_rewards(tmp_path, tokenizer, reward_weights, own_weight, return_weight):
+    """A turn earns its own reward, weighted; what a reward function gives, here to every second episode, comes last."""
+
+    def every_second(episodes, **kwargs):
+        return [float(i % 2) for i in range(len(episodes))]
+
+    trainer_kwargs = {} if own_weight is None else {"reward_funcs": every_second}
+    trainer = make_trainer(
+        tmp_path, tokenizer, factory=Dense, advantage_estimator="turn", max_steps=1, scale_rewards="none",
+        reward_weights=reward_weights, trainer_kwargs=trainer_kwargs,
+    )  # fmt: skip
+    batches = recorded(trainer)
+    trainer.train()
+    [batch] = batches
+    for i in range(8):
+        found = [batch["advantages"][i][batch["turn_ids"][i] == turn][0].item() for turn in range(4)]
+        expected = [return_weight * (1.5 - turn) + (own_weight or 0.0) * (i % 2 - 0.5) for turn in range(4)]
+        assert found == pytest.approx(expected, abs=1e-6)
+    assert trainer.args.reward_weights == reward_weights  # which may be used for another trainer
+    [entry] = [entry for entry in trainer.state.log_history if "reward" in entry]
+    assert entry["reward"] == pytest.approx(4 * return_weight + 0.5 * (own_weight or 0.0))
 
 
 class Breaks(Corridor):
@@ -576,6 +611,17 @@ class TestBadInput:
     def test_config(self, tmp_path, kwargs, message):
         with pytest.raises(ValueError, match=message):
             EPOConfig(str(tmp_path), **kwargs)
+
+    @pytest.mark.parametrize(("num_funcs", "weights"), [(0, [0.5, 0.5]), (1, []), (2, [0.5])])
+    def test_reward_weights(self, tmp_path, tokenizer, num_funcs, weights):
+        reward_funcs = [lambda episodes, **kwargs: [0.0] * len(episodes)] * num_funcs
+        message = (
+            rf"`reward_weights` is {re.escape(str(weights))}.*{num_funcs} `reward_funcs`.*{num_funcs + 1} numbers"
+        )
+        with pytest.raises(ValueError, match=message):
+            make_trainer(
+                tmp_path, tokenizer, reward_weights=weights, trainer_kwargs={"reward_funcs": reward_funcs or None}
+            )
 
     def test_prompt_builder_is_tried_before_training(self, tmp_path, tokenizer):
         def wrong(turn):

@@ -9,7 +9,6 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
 from shutil import rmtree
-from types import ModuleType
 from typing import Any
 
 import torch
@@ -101,14 +100,14 @@ SHARDED_SAVES = ("save_fsdp_model", "save_fsdp_optimizer")
 
 
 @contextmanager
-def replaced(module: ModuleType, name: str, value: Any) -> Iterator[None]:
-    """While this context lasts, the `module` has another `value` of this name."""
-    usual = getattr(module, name)
-    setattr(module, name, value)
+def replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
+    """While this context lasts, the `owner`, a module or an object, has another `value` of this name."""
+    usual = getattr(owner, name)
+    setattr(owner, name, value)
     try:
         yield
     finally:
-        setattr(module, name, usual)
+        setattr(owner, name, usual)
 
 
 class FaultTolerantGRPOTrainer(GRPOTrainer):

@@ -203,11 +203,10 @@ class SeamedGRPOTrainer(FaultTolerantGRPOTrainer):
         self._entropy_bonus_enabled = False
 
     def add_reward_func(self, func, name: str) -> None:
-        """Add a reward function of weight 1 after the user's."""
+        """Add a reward function after the user's, of which the weights do not know yet."""
         self.reward_funcs.append(func)
         self.reward_func_names.append(name)
         self.reward_processing_classes.append(None)
-        self.reward_weights = torch.cat([self.reward_weights, torch.ones(1)])
 
     def use_played_episodes(self) -> None:
         """Take completions from [`set_played_batch`] from now on, instead of generating them."""

@@ -41,6 +41,30 @@ def check_text_episode_arguments(args: EPOConfig, tools: Sequence | None, rollou
         )
 
 
+def episode_reward_weights(weights: Sequence[float] | None, num_reward_funcs: int) -> list[float]:
+    """
+    The weight of each of the user's reward functions and, last, of the episode's return.
+
+    Raises:
+        ValueError: If `reward_weights` has another length than the functions, with or without one for the return.
+
+    >>> episode_reward_weights([0.5], num_reward_funcs=1)
+    [0.5, 1.0]
+    >>> episode_reward_weights([0.5], num_reward_funcs=0)
+    [0.5]
+    """
+    if weights is None:
+        return [1.0] * (num_reward_funcs + 1)
+    if len(weights) == num_reward_funcs + 1:
+        return list(weights)
+    if len(weights) == num_reward_funcs and weights:
+        return [*weights, 1.0]
+    raise ValueError(
+        f"`reward_weights` is {weights}, but there are {num_reward_funcs} `reward_funcs` and the episode's return: give "
+        f"{num_reward_funcs + 1} numbers, the last one for the return, or leave that one out for a weight of 1."
+    )
+
+
 def check_other_arguments(args: EPOConfig) -> None:
     """Raise a `ValueError` that names what is for text episodes only."""
     if args.advantage_estimator != "grpo" or args.filter_zero_variance_groups or args.context != "transcript":

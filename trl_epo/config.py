@@ -88,6 +88,9 @@ class EPOConfig(GRPOConfig):
             Longest episode after its first prompt, in tokens, observations included; with `context="window"` the longest
             context. `None`: the rest of the model's context length for text episodes, and TRL's 512 without a text
             environment.
+        reward_weights (`list[float]`, *optional*):
+            With text episodes: the weight of each of the `reward_funcs` and, last, of the episode's return (less
+            penalties); one number fewer leaves the return its weight of 1. `None`: all weigh 1.
         mask_truncated_completions (`bool`, *optional*, defaults to `False`):
             Leave text episodes that a limit cut off (stop reasons `truncated`, `max_turns` and `token_budget`) out of
             the loss and the entropy term; they stay in their group's baseline. An action that was cut at

@@ -39,12 +39,16 @@ class CreditAssigner:
         args ([`EPOConfig`]): The settings.
         accelerator ([`~accelerate.Accelerator`]): Gathers groups, and adds up over processes.
         critic ([`Critic`], *optional*): Of `advantage_estimator="gae"`.
+        return_weight (`float`): What an episode's return, and so a turn's reward from the environment, is multiplied by.
     """
 
-    def __init__(self, args: EPOConfig, accelerator: Accelerator, critic: Critic | None = None):
+    def __init__(
+        self, args: EPOConfig, accelerator: Accelerator, critic: Critic | None = None, return_weight: float = 1.0
+    ):
         self.args = args
         self.accelerator = accelerator
         self.critic = critic
+        self.return_weight = return_weight
 
     def flat_episodes(self, episodes: list[Episode]) -> tuple[list[int], int]:
         """Which of these are in groups whose rewards from the environment are all equal; the number of such groups."""
@@ -67,7 +71,7 @@ class CreditAssigner:
             return {}
         own = self._own(len(episodes))
         earned = [
-            [] if episode.failed else turn_rewards(episode.penalised_rewards(args.invalid_action_penalty), total)
+            [] if episode.failed else turn_rewards(self._weighted_rewards(episode), total)
             for episode, total in zip(episodes, rewards[own].tolist(), strict=True)
         ]
         if args.advantage_estimator == "gae":
@@ -117,6 +121,10 @@ class CreditAssigner:
         if return_variance > 1e-12:
             metrics["critic/explained_variance"] = 1.0 - error_variance / return_variance
         return metrics
+
+    def _weighted_rewards(self, episode: Episode) -> list[float]:
+        """What each turn's own reward is in the episode's."""
+        return [self.return_weight * reward for reward in episode.penalised_rewards(self.args.invalid_action_penalty)]
 
     def _own(self, num_episodes: int) -> slice:
         """This process's episodes among those of all."""

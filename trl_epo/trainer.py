@@ -21,8 +21,9 @@ from torch import Tensor
 from transformers.trainer_utils import has_length
 from trl.trainer.utils import get_config_model_id
 
+from ._fault_seams import replaced
 from ._trl_seams import SeamedGRPOTrainer
-from .argument_checks import check_other_arguments, check_text_episode_arguments
+from .argument_checks import check_other_arguments, check_text_episode_arguments, episode_reward_weights
 from .batching import action_mask
 from .chat import ChatEncoder
 from .config import EPOConfig
@@ -82,8 +83,8 @@ class EPOTrainer(SeamedGRPOTrainer):
     Args:
         model, reward_funcs, args, train_dataset, eval_dataset, …:
             As for [`~trl.GRPOTrainer`], with an [`EPOConfig`]. For text episodes the episode's return is a reward of
-            its own, besides `reward_funcs` (weight 1), which are then optional and get the keyword argument
-            `episodes` (`list` of [`~trl_epo.episode.Episode`]). Every column of the dataset but `prompt`, `seed` and
+            its own, besides `reward_funcs`, which are then optional and get the keyword argument `episodes`
+            (`list` of [`~trl_epo.episode.Episode`]); `EPOConfig.reward_weights` weights them. Every column of the dataset but `prompt`, `seed` and
             `environment` goes to the environment as `reset(options=…)`; `seed` is the reset seed, if there is
             such a column; `prompt`, if any, comes before the first observation.
         environment_factory (`Callable` or `dict[str, Callable]`, *optional*):
@@ -163,30 +164,39 @@ class EPOTrainer(SeamedGRPOTrainer):
         else:
             check_other_arguments(args)
         own_reward = self._environments is not None and not reward_funcs
+        reward_weights = args.reward_weights
+        if self._environments is not None:
+            num_reward_funcs = len(reward_funcs or []) if isinstance(reward_funcs, list | None) else 1
+            reward_weights = episode_reward_weights(reward_weights, num_reward_funcs)
         if args.max_completion_length is None and self._environments is None:
             args.max_completion_length = DEFAULT_COMPLETION_LENGTH
 
-        super().__init__(
-            model=model,
-            reward_funcs=[episode_return] if own_reward else _copied(reward_funcs),
-            args=args,
-            train_dataset=train_dataset,
-            eval_dataset=eval_dataset,
-            processing_class=processing_class,
-            reward_processing_classes=reward_processing_classes,
-            callbacks=callbacks,
-            optimizers=optimizers,
-            quantization_config=quantization_config,
-            peft_config=peft_config,
-            tools=tools,
-            rollout_func=rollout_func,
-            environment_factory=None if self._environments is not None else environment_factory,
-        )
+        # Of text episodes TRL learns the weights below, with the return's
+        with replaced(args, "reward_weights", reward_weights if self._environments is None else None):
+            super().__init__(
+                model=model,
+                reward_funcs=[episode_return] if own_reward else _copied(reward_funcs),
+                args=args,
+                train_dataset=train_dataset,
+                eval_dataset=eval_dataset,
+                processing_class=processing_class,
+                reward_processing_classes=reward_processing_classes,
+                callbacks=callbacks,
+                optimizers=optimizers,
+                quantization_config=quantization_config,
+                peft_config=peft_config,
+                tools=tools,
+                rollout_func=rollout_func,
+                environment_factory=None if self._environments is not None else environment_factory,
+            )
         self.entropy_term = EntropyTerm(args, self.accelerator)
         if not args.use_adaptive_entropy:
             self.disable_own_entropy_bonus()
         if self._environments is not None:
-            self._prepare_text_episodes(own_reward, first_row)
+            if not own_reward:
+                self.add_reward_func(episode_return, episode_return.__name__)
+            self.reward_weights = torch.tensor(reward_weights, dtype=torch.float32)
+            self._prepare_text_episodes(first_row)
 
     def train(self, *args, **kwargs):
         self.entropy_term.history = EntropyHistory()  # a resumed run loads its own
@@ -203,14 +213,12 @@ class EPOTrainer(SeamedGRPOTrainer):
 
     # Rollouts: Algorithm 1, "collect trajectories"
 
-    def _prepare_text_episodes(self, own_reward: bool, first_row: FirstRow) -> None:
+    def _prepare_text_episodes(self, first_row: FirstRow) -> None:
         if self.learns_prompts:
             raise ValueError(
                 "Text episodes cannot be played with a prompt-learning adapter (prompt tuning, prefix tuning): it puts "
                 "virtual tokens before every turn. Use LoRA or another adapter of the weights."
             )
-        if not own_reward:
-            self.add_reward_func(episode_return, episode_return.__name__)
         self.use_played_episodes()
         self._chat = ChatEncoder(self._tokenizer, self.eos_token_ids, self.chat_template, self.chat_template_kwargs)
         context_length = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
@@ -245,7 +253,8 @@ class EPOTrainer(SeamedGRPOTrainer):
             model = make_critic(policy, self.args.critic_model, len(self._tokenizer))
             self._critic = Critic(model, self.args, self.accelerator)
             self.add_callback(TrainCritic(self._critic))
-        self._credit = CreditAssigner(self.args, self.accelerator, self._critic)
+        return_weight = self.reward_weights[-1].item()
+        self._credit = CreditAssigner(self.args, self.accelerator, self._critic, return_weight)
 
     def prepare_rows(self, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
         before = self.entropy_history.state_dict()
