@@ -1,13 +1,13 @@
 """What an episode is: turns of sampled tokens and observations, and the training row they make."""
 
 from dataclasses import dataclass, field, replace
-from enum import Enum
+from enum import StrEnum
 from typing import Any
 
 from .failures import Failure
 
 
-class StopReason(str, Enum):
+class StopReason(StrEnum):
     """Why an episode ended."""
 
     TERMINATED = "terminated"  # the environment's own end: goal reached or lost

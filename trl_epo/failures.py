@@ -6,7 +6,7 @@ import traceback
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
-from enum import Enum
+from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,7 +24,7 @@ logger = logging.getLogger(__name__)
 MAX_CAUSE_LENGTH = 500  # characters
 
 
-class FailureKind(str, Enum):
+class FailureKind(StrEnum):
     """Why an episode could not be played on."""
 
     CRASH = "crash"  # the environment, or what makes it, raised
