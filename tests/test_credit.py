@@ -216,6 +216,38 @@ def test_turns_are_credited_with_weighted_rewards(tmp_path, tokenizer, reward_we
     assert entry["reward"] == pytest.approx(4 * return_weight + 0.5 * (own_weight or 0.0))
 
 
+class Returns(Corridor):
+    """Each turn looks like the first. One reward: at the end, in the second turn of two episodes and the fourth of others."""
+
+    lock = threading.Lock()
+    number = 0
+
+    def reset(self, *, seed=None, options=None):
+        with Returns.lock:
+            self.last = 2 + 2 * (Returns.number % 2)
+            Returns.number += 1
+        self.num_steps = 0
+        return "ok", {}
+
+    def step(self, action):
+        self.num_steps += 1
+        done = self.num_steps == self.last
+        return "ok", float(done), done, False, {}
+
+
+def test_gigpo_tells_turns_of_an_episode_apart_by_default(tmp_path, tokenizer):
+    """With one reward at the end and γ = 1 all turns that began in the same state have the same advantage."""
+    kwargs = {"factory": Returns, "advantage_estimator": "gigpo", "max_steps": 1, "scale_rewards": "none"}
+    trainer = make_trainer(tmp_path, tokenizer, **kwargs)
+    batches = recorded(trainer)
+    trainer.train()
+    [batch] = batches
+    for i, episode in enumerate(trainer._episodes):
+        last = len(episode.turns) - 1
+        found = [batch["advantages"][i][batch["turn_ids"][i] == turn][0].item() for turn in (0, last)]
+        assert found[1] - found[0] == pytest.approx(1 - 0.95**last, abs=1e-6)
+
+
 class Breaks(Corridor):
     """Earns 1 each turn; one environment of a group breaks in its third."""
 

@@ -19,6 +19,7 @@ REFERENCES = ("history", "turn_history", "linear")
 CONTEXTS = ("transcript", "window")
 OVERFLOWS = ("stop", "window")
 ESTIMATORS = ("grpo", "gae", "gigpo", "turn")
+GIGPO_GAMMA = 0.95  # Feng et al. 2025, arXiv 2505.10978
 GROUP_FILTERS = ("mask", "resample")
 METRIC_SCHEDULES = ("reduce_lr_on_plateau", "greedy")
 
@@ -142,8 +143,10 @@ class EPOConfig(GRPOConfig):
             group, as TRL computes it. `"gae"`: PPO, with a critic. `"gigpo"`: the former plus each turn's discounted
             return relative to the other turns of the group in which the same was observed. `"turn"`: each turn's
             discounted return relative to all turns of its group, for environments that reward single turns.
-        gamma (`float`, *optional*, defaults to `1.0`):
-            γ, the discount: a turn for `"gigpo"` and `"turn"`, an action token for `"gae"`. (The paper: 1.)
+        gamma (`float`, *optional*):
+            γ, the discount: a turn for `"gigpo"` and `"turn"`, an action token for `"gae"`. `None`: the one of the
+            estimator's paper, 0.95 for `"gigpo"` (with 1 and one reward at the end all turns of an episode would have the
+            same return), else 1.0 (EPO's).
         gae_lambda (`float`, *optional*, defaults to `1.0`):
             λ of generalised advantage estimation, an action token.
         gigpo_step_coef (`float`, *optional*, defaults to `1.0`):
@@ -337,8 +340,11 @@ class EPOConfig(GRPOConfig):
             "choices": ESTIMATORS,
         },
     )
-    gamma: float = field(
-        default=1.0, metadata={"help": "γ, the discount a turn ('gigpo', 'turn') or an action token ('gae')."}
+    gamma: float | None = field(
+        default=None,
+        metadata={
+            "help": "γ, the discount a turn ('gigpo', 'turn') or an action token ('gae'). None: 0.95 for 'gigpo', else 1.0."
+        },
     )
     gae_lambda: float = field(default=1.0, metadata={"help": "λ of generalised advantage estimation."})
     gigpo_step_coef: float = field(default=1.0, metadata={"help": "ω, the weight of GiGPO's turn-level advantage."})
@@ -513,6 +519,8 @@ class EPOConfig(GRPOConfig):
 
     def _check_credit(self):
         _check_choice("advantage_estimator", self.advantage_estimator, ESTIMATORS)
+        if self.gamma is None:
+            self.gamma = GIGPO_GAMMA if self.advantage_estimator == "gigpo" else 1.0
         if self.filter_zero_variance_groups is not None:
             _check_choice("filter_zero_variance_groups", self.filter_zero_variance_groups, GROUP_FILTERS)
         for name in ("gamma", "gae_lambda"):
