@@ -10,6 +10,7 @@ With several processes: `accelerate launch -m trl_epo train …`.
 
 import inspect
 import json
+import logging
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -20,15 +21,19 @@ from typing import Any, NamedTuple
 
 import gymnasium
 from datasets import Dataset
-from peft import AutoPeftModelForCausalLM
+from peft import AutoPeftModelForCausalLM, LoraConfig, PeftConfig
 from peft.utils import CONFIG_NAME as ADAPTER_CONFIG
 from transformers import AutoConfig
+from transformers.utils import is_bitsandbytes_available
 from trl import ModelConfig, TrlParser, get_peft_config, get_quantization_config
 
 from .checkpoints import last_whole_checkpoint
 from .config import EPOConfig
 from .evaluation import failed_share
 from .trainer import FAILURES_FILE, EPOTrainer
+
+
+logger = logging.getLogger(__name__)
 
 
 class UsageError(ValueError):
@@ -47,6 +52,19 @@ ENVIRONMENTS = {
     "household": BuiltIn("trl_epo.envs.household:Household", "trl_epo.envs.household:tasks"),
     "scienceworld": BuiltIn("trl_epo.envs.scienceworld:ScienceWorld", "trl_epo.envs.scienceworld:tasks"),
     "alfworld": BuiltIn("trl_epo.envs.alfworld:AlfWorld", "trl_epo.envs.alfworld:tasks"),
+}
+
+
+# Flags of a new adapter and what they are in its configuration
+LORA_FLAGS = {
+    "lora_r": "r",
+    "lora_alpha": "lora_alpha",
+    "lora_dropout": "lora_dropout",
+    "lora_target_modules": "target_modules",
+    "lora_target_parameters": "target_parameters",
+    "lora_modules_to_save": "modules_to_save",
+    "use_rslora": "use_rslora",
+    "use_dora": "use_dora",
 }
 
 
@@ -211,7 +229,11 @@ def parse(command: str, arguments: Sequence[str]) -> tuple[ScriptArguments, EPOC
 def make_trainer(
     script: ScriptArguments, args: EPOConfig, model_args: ModelConfig, train_dataset: Dataset | None, **kwargs
 ) -> EPOTrainer:
-    """The trainer; a folder with an adapter is loaded as its model with that adapter."""
+    """The trainer; a folder with an adapter is loaded as its model, quantized if asked for, with that adapter."""
+    quantization = get_quantization_config(model_args)
+    if quantization is not None and not is_bitsandbytes_available():
+        name = "load_in_4bit" if model_args.load_in_4bit else "load_in_8bit"
+        raise UsageError(f"`{name}` needs bitsandbytes: `pip install bitsandbytes`, or leave it out.")
     args.model_init_kwargs = {
         "revision": model_args.model_revision,
         "attn_implementation": model_args.attn_implementation,
@@ -220,9 +242,12 @@ def make_trainer(
     }
     model = model_args.model_name_or_path
     if Path(model, ADAPTER_CONFIG).exists():
-        model = AutoPeftModelForCausalLM.from_pretrained(model, is_trainable=True, **args.model_init_kwargs)
-        args.model_init_kwargs = None
-        kwargs["peft_config"] = None
+        model = AutoPeftModelForCausalLM.from_pretrained(
+            model, is_trainable=True, quantization_config=quantization, **args.model_init_kwargs
+        )
+        args.model_init_kwargs = quantization = None
+        if wanted := kwargs.pop("peft_config", None):
+            _tell_of_other_adapter(model_args.model_name_or_path, model.peft_config["default"], wanted)
     else:
         try:
             AutoConfig.from_pretrained(model, revision=model_args.model_revision)
@@ -235,10 +260,27 @@ def make_trainer(
         model,
         args=args,
         train_dataset=train_dataset,
-        quantization_config=get_quantization_config(model_args) if isinstance(model, str) else None,
+        quantization_config=quantization,
         environment_factory=script.environment_factory(),
         **kwargs,
     )
+
+
+def _tell_of_other_adapter(folder: str, has: PeftConfig, wanted: LoraConfig) -> None:
+    """Log which LoRA settings have no effect on an adapter that is there already."""
+    differences = []
+    for flag, name in LORA_FLAGS.items():
+        found, asked = (getattr(config, name, None) for config in (has, wanted))
+        found, asked = (sorted(value) if isinstance(value, set | list) else value for value in (found, asked))
+        chosen_by_peft = isinstance(asked, str | None)  # "all-linear", a pattern, or what fits the architecture
+        if found != asked and not chosen_by_peft:
+            differences.append(f"`{flag}` is {found}, not {asked}")
+    if differences:
+        logger.warning(
+            "%s holds an adapter, which stays as it is: %s. Give a model without one to begin another adapter.",
+            folder,
+            ", ".join(differences),
+        )
 
 
 def train(script: ScriptArguments, args: EPOConfig, model_args: ModelConfig) -> None:
