@@ -22,6 +22,7 @@ from trl.trainer import utils as trl_utils
 from trl.trainer.utils import RepeatSampler, pad
 
 from ._fault_seams import FaultTolerantGRPOTrainer, replaced
+from .batching import action_mask
 from .generation import (
     CachedTurnSampler,
     RequestTurnSampler,
@@ -29,6 +30,7 @@ from .generation import (
     make_logits_processors,
     unfit_for_cached_sampler,
 )
+from .objective import cut_share
 from .scoring import equal_number_of_forwards, score_tokens
 from .sharding import called_alone, check_rollouts, keep_output_precision, set_timeout, shards_with_zero3
 from .text import printable_parts
@@ -96,6 +98,9 @@ ATTRIBUTES = (
     "chat_template",
     "chat_template_kwargs",
     "max_completion_length",
+    "vllm_importance_sampling_clip_max",
+    "vllm_importance_sampling_clip_min",
+    "vllm_importance_sampling_mode",
     "mask_truncated_completions",
     "temperature",
     "generation_config",
@@ -465,9 +470,23 @@ class SeamedGRPOTrainer(FaultTolerantGRPOTrainer):
 
     def _generate_and_score_completions(self, inputs):
         try:
-            return self.extend_batch(super()._generate_and_score_completions(self.prepare_rows(inputs)))
+            batch = super()._generate_and_score_completions(self.prepare_rows(inputs))
+            if "importance_sampling_ratio" in batch and not (self._plays_episodes and self.mode == "eval"):
+                self._log_cut_ratios(batch)
+            return self.extend_batch(batch)
         finally:
             self._played_batch = self._loss_mask = self.loss_context_ids = None
+
+    def _log_cut_ratios(self, batch: dict[str, Any]) -> None:
+        """Log the share of action tokens whose ratio of vLLM's and the trainer's probabilities TRL truncates or masks."""
+        counts = cut_share(
+            batch["old_per_token_logps"] - batch["sampling_per_token_logps"],
+            action_mask(batch),
+            (self.vllm_importance_sampling_clip_min, self.vllm_importance_sampling_clip_max),
+            by_row=self.vllm_importance_sampling_mode.startswith("sequence"),
+        )
+        num_cut, num_tokens = self.accelerator.reduce(counts, reduction="sum").tolist()
+        self.add_metrics({"sampling/importance_sampling_ratio/cut": num_cut / max(num_tokens, 1)})
 
     def _generate_single_turn(self, *args, **kwargs):
         was_training = self.model.training

@@ -34,6 +34,14 @@ def check_text_episode_arguments(args: EPOConfig, tools: Sequence | None, rollou
             "each, but episodes end at different turns. Use `vllm_mode='colocate'` with "
             "`vllm_tensor_parallel_size=1`."
         )
+    bounds = (args.vllm_importance_sampling_clip_min, args.vllm_importance_sampling_clip_max)
+    mode = args.vllm_importance_sampling_mode
+    if args.use_vllm and args.vllm_importance_sampling_correction and mode is None and bounds == (None, None):
+        raise ValueError(
+            "`vllm_importance_sampling_clip_max` is None and `vllm_importance_sampling_clip_min` too, but text episodes "
+            "truncate ratios by default. Set one of them, or `vllm_importance_sampling_mode='token_mask'` for ratios "
+            "without a bound."
+        )
     if not args.ds3_gather_for_generation and not args.use_vllm and args.world_size > 1:
         raise ValueError(
             "`ds3_gather_for_generation=False` makes every process call the model equally often, but text "

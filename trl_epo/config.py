@@ -92,6 +92,10 @@ class EPOConfig(GRPOConfig):
         reward_weights (`list[float]`, *optional*):
             With text episodes: the weight of each of the `reward_funcs` and, last, of the episode's return (less
             penalties); one number fewer leaves the return its weight of 1. `None`: all weigh 1.
+        vllm_importance_sampling_mode (`str`, *optional*):
+            How TRL corrects for tokens that vLLM sampled with other probabilities than training computes. `None`:
+            `"token_truncate"` for text episodes, each token's ratio by itself, and TRL's `"sequence_mask"` without a text
+            environment: the ratio of a whole episode, a product over thousands of tokens, is hardly ever within bounds.
         mask_truncated_completions (`bool`, *optional*, defaults to `False`):
             Leave text episodes that a limit cut off (stop reasons `truncated`, `max_turns` and `token_budget`) out of
             the loss and the entropy term; they stay in their group's baseline. An action that was cut at
@@ -267,6 +271,13 @@ class EPOConfig(GRPOConfig):
         metadata={
             "help": "Longest episode after its first prompt, in tokens, observations included. None: the rest of the "
             "model's context window for text episodes, 512 without a text environment."
+        },
+    )
+    vllm_importance_sampling_mode: str | None = field(
+        default=None,
+        metadata={
+            "help": "How ratios of vLLM's and the trainer's probabilities are taken and bounded: 'token_truncate', "
+            "'token_mask', 'sequence_truncate' or 'sequence_mask'. None: 'token_truncate' for text episodes, else TRL's."
         },
     )
     max_concurrent_episodes: int | None = field(

@@ -19,6 +19,7 @@ import torch
 from accelerate.utils import gather_object, set_seed
 from torch import Tensor
 from transformers.trainer_utils import has_length
+from trl import GRPOConfig
 from trl.trainer.utils import get_config_model_id
 
 from ._fault_seams import replaced
@@ -54,6 +55,8 @@ FAILURES_FILE = os.path.join("episodes", "failures.jsonl")
 CRITIC_FOLDER = "critic"
 MAX_RESAMPLES = 3  # of a group whose returns are all equal
 DEFAULT_COMPLETION_LENGTH = 512  # TRL's default, in tokens
+DEFAULT_SAMPLING_MODE = GRPOConfig.vllm_importance_sampling_mode
+EPISODE_SAMPLING_MODE = "token_truncate"
 # In the place of a row that accelerate repeats, to fill up the last batch of an evaluation.
 UNPLAYED = Episode([{"role": "user", "content": ""}], (), (), StopReason.FAILURE)
 
@@ -168,6 +171,9 @@ class EPOTrainer(SeamedGRPOTrainer):
         if self._environments is not None:
             num_reward_funcs = len(reward_funcs or []) if isinstance(reward_funcs, list | None) else 1
             reward_weights = episode_reward_weights(reward_weights, num_reward_funcs)
+        if args.vllm_importance_sampling_mode is None:
+            text = self._environments is not None
+            args.vllm_importance_sampling_mode = EPISODE_SAMPLING_MODE if text else DEFAULT_SAMPLING_MODE
         if args.max_completion_length is None and self._environments is None:
             args.max_completion_length = DEFAULT_COMPLETION_LENGTH
 
