@@ -4,6 +4,7 @@ import doctest
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -95,9 +96,20 @@ def trained(tmp_path_factory, model_folder):
 Q_PROJ = "base_model.model.model.layers.0.self_attn.q_proj.base_layer.weight"
 
 
-def save_adapter(folder, model_folder):
+OWN_MODEL = """
+from transformers import LlamaConfig, LlamaForCausalLM
+
+class OwnConfig(LlamaConfig):
+    model_type = "own"
+
+class OwnForCausalLM(LlamaForCausalLM):
+    config_class = OwnConfig
+"""
+
+
+def save_adapter(folder, model_folder, **kwargs):
     """An adapter of the model, and its tokenizer."""
-    model = AutoModelForCausalLM.from_pretrained(model_folder)
+    model = AutoModelForCausalLM.from_pretrained(model_folder, **kwargs)
     config = LoraConfig(
         r=2, lora_alpha=8, lora_dropout=0.0, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM"
     )
@@ -286,6 +298,31 @@ class TestCommands:
         trainer = cli.make_trainer(script, args, model_args, script.rows("train", 8), peft_config=peft)
         assert getattr(trainer.model, f"is_loaded_in_{bits}bit")
         assert trainer.model.get_parameter(Q_PROJ).dtype == (torch.uint8 if bits == 4 else torch.int8)
+
+    def test_code_of_the_models_own(self, tmp_path, model_folder):
+        """In the folder, and as the base of an adapter."""
+        folder = tmp_path / "own"
+        shutil.copytree(model_folder, folder)
+        (folder / "own.py").write_text(OWN_MODEL)
+        config = json.loads((folder / "config.json").read_text())
+        maps = {"AutoConfig": "own.OwnConfig", "AutoModelForCausalLM": "own.OwnForCausalLM"}
+        config |= {"model_type": "own", "architectures": ["OwnForCausalLM"], "auto_map": maps}
+        (folder / "config.json").write_text(json.dumps(config))
+        adapter = save_adapter(tmp_path / "adapter", folder, trust_remote_code=True)
+        for path in (folder, adapter):
+            flags = ["--config", str(SMALL), "--output_dir", str(tmp_path), "--model_name_or_path", str(path)]
+            flags += ["--trust_remote_code", "--bf16", "false", "--eval_strategy", "no"]
+            script, args, model_args = parse("train", flags)
+            trainer = cli.make_trainer(script, args, model_args, script.rows("train", 8))
+            model = trainer.accelerator.unwrap_model(trainer.model)
+            model = model.get_base_model() if path == adapter else model
+            assert type(model).__name__ == "OwnForCausalLM"
+
+    def test_evaluation_needs_no_reference_model(self, tmp_path, model_folder):
+        flags = ["--config", str(SMALL), "--output_dir", str(tmp_path), "--model_name_or_path", model_folder]
+        flags += ["--bf16", "false", "--max_turns", "1", "--max_turn_length", "2", "--eval_size", "2"]
+        cli.main(["evaluate", *flags, "--beta", "0.1", "--sync_ref_model"])
+        assert (tmp_path / "evaluation.json").exists()
 
     def test_lora_flags_that_cannot_act_are_told(self, tmp_path, model_folder, caplog):
         folder = save_adapter(tmp_path / "adapter", model_folder)

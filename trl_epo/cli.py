@@ -238,6 +238,7 @@ def make_trainer(
         "revision": model_args.model_revision,
         "attn_implementation": model_args.attn_implementation,
         "dtype": model_args.dtype,
+        "trust_remote_code": args.trust_remote_code,
         **(args.model_init_kwargs or {}),
     }
     model = model_args.model_name_or_path
@@ -250,7 +251,9 @@ def make_trainer(
             _tell_of_other_adapter(model_args.model_name_or_path, model.peft_config["default"], wanted)
     else:
         try:
-            AutoConfig.from_pretrained(model, revision=model_args.model_revision)
+            AutoConfig.from_pretrained(
+                model, revision=model_args.model_revision, trust_remote_code=args.trust_remote_code
+            )
         except (OSError, ValueError) as error:
             raise UsageError(
                 f"`model_name_or_path` is {model!r}, but there is no model in such a folder, and none of that name could "
@@ -312,7 +315,7 @@ def evaluate(script: ScriptArguments, args: EPOConfig, model_args: ModelConfig) 
     """
     path = _writable(Path(script.results or Path(args.output_dir, "evaluation.json")))
     panels = script.panels()
-    args.beta, args.advantage_estimator = 0.0, "grpo"  # neither a reference model nor a critic
+    args.beta, args.sync_ref_model, args.advantage_estimator = 0.0, False, "grpo"  # no reference model and no critic
     trainer = make_trainer(script, args, model_args, train_dataset=next(iter(panels.values())), eval_dataset=panels)
     metrics = trainer.evaluate()
     if trainer.is_world_process_zero():
