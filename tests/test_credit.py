@@ -12,6 +12,7 @@ from datasets import Dataset
 from peft import LoraConfig, get_peft_model
 from test_text_episodes import make_trainer as make_any_trainer
 from test_text_episodes import weights
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForTokenClassification,
@@ -23,6 +24,7 @@ from transformers import (
 
 from trl_epo import EPOConfig
 from trl_epo.advantages import gae
+from trl_epo.batching import sum_dtype
 from trl_epo.critic import make_critic, value_head
 from trl_epo.rollout import parse_action
 
@@ -384,6 +386,31 @@ class TestCritic:
         standard = (advantages - advantages[mask].mean()) / advantages[mask].std(correction=0)
         torch.testing.assert_close(batch["advantages"][mask], standard[mask], atol=1e-4, rtol=1e-4)
         assert not batch["advantages"][~mask].any()
+
+    def test_no_float64_where_a_device_has_none(self, tmp_path, tokenizer, monkeypatch):
+        """Everything on a CPU here, as if its sums were to be in what MPS has."""
+
+        class NoFloat64(TorchDispatchMode):
+            def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+                result = func(*args, **(kwargs or {}))
+                assert not isinstance(result, torch.Tensor) or result.dtype != torch.float64, func
+                return result
+
+        assert (sum_dtype(torch.device("mps")), sum_dtype(torch.device("cpu"))) == (torch.float32, torch.float64)
+        trainer = make_trainer(tmp_path, tokenizer, factory=Steps, advantage_estimator="gae", max_steps=1)
+        assign = trainer._credit.assign
+
+        def checked(batch, *args):
+            expected = assign(dict(batch), *args)
+            monkeypatch.setattr("trl_epo.credit.sum_dtype", lambda device: torch.float32)
+            with NoFloat64():
+                found = assign(batch, *args)
+            assert found == pytest.approx(expected, rel=1e-4)
+            return found
+
+        trainer._credit.assign = checked
+        trainer.train()
+        assert any("critic/value" in entry for entry in trainer.state.log_history)
 
     def test_it_learns_with_its_own_rate(self, tmp_path, tokenizer):
         trainer = make_trainer(

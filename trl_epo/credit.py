@@ -21,7 +21,7 @@ from .advantages import (
     turn_rewards,
     value_loss,
 )
-from .batching import action_mask
+from .batching import action_mask, sum_dtype
 from .config import EPOConfig
 from .critic import Critic
 from .episode import Episode
@@ -107,8 +107,9 @@ class CreditAssigner:
             values = self.critic.values(batch)
         advantages, returns = gae(rewards, values, action, self.args.gamma, self.args.gae_lambda)
         errors = returns - values
-        sums = [part.double()[action].sum() for x in (advantages, values, returns, errors) for part in (x, x**2)]
-        sums = self.accelerator.reduce(torch.stack([*sums, action.sum().double()]), reduction="sum").tolist()
+        dtype = sum_dtype(values.device)
+        sums = [part.to(dtype)[action].sum() for x in (advantages, values, returns, errors) for part in (x, x**2)]
+        sums = self.accelerator.reduce(torch.stack([*sums, action.sum().to(dtype)]), reduction="sum").tolist()
         means = [total / max(sums[-1], 1) for total in sums[:-1]]
         mean, value, mean_return, error = means[::2]
         variance, _, return_variance, error_variance = (
