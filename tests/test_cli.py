@@ -213,6 +213,19 @@ class TestRows:
         with pytest.raises(ValueError, match="`tasks` is 'no_such_module:doors'"):
             ScriptArguments("doors_of_mine:Door", tasks="no_such_module:doors").rows("train", None)
 
+    @pytest.mark.parametrize(
+        ("settings", "message"),
+        [
+            ({"train_size": 5}, "`train_size` is 5, but `tasks` is not set"),
+            ({"eval_size": 5}, "`eval_size` is 5, but `tasks` is not set"),
+            ({"tasks_kwargs": {"rooms": 2}}, "`tasks_kwargs` is {'rooms': 2}, but `tasks` is not set"),
+        ],
+    )
+    def test_sizes_of_no_rows(self, settings, message):
+        ScriptArguments("household", **settings)
+        with pytest.raises(ValueError, match=message):
+            ScriptArguments("doors_of_mine:Door", **settings)
+
 
 class TestCommands:
     def test_train(self, trained, model_folder):

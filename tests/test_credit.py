@@ -689,6 +689,14 @@ class TestBadInput:
         with pytest.raises(ValueError, match="prompt_builder.*KeyError"):
             make_trainer(tmp_path, tokenizer, context="window", trainer_kwargs={"prompt_builder": wrong})
 
+    def test_a_prompt_builder_that_is_never_asked(self, tmp_path, tokenizer):
+        builder = {"prompt_builder": lambda turn: turn.observation}
+        with pytest.raises(ValueError, match="`prompt_builder` .*`context='transcript'`.*`context='window'`"):
+            make_trainer(tmp_path, tokenizer, trainer_kwargs=builder)
+        make_trainer(tmp_path, tokenizer, context_overflow="window", trainer_kwargs=builder)
+        with pytest.raises(ValueError, match="`prompt_builder` is for text episodes"):
+            make_trainer(tmp_path, tokenizer, factory=None, trainer_kwargs={**builder, "reward_funcs": [len]})
+
     def test_only_for_text_episodes(self, tmp_path, tokenizer):
         with pytest.raises(ValueError, match="for text episodes"):
             make_trainer(tmp_path, tokenizer, factory=None, advantage_estimator="gae",

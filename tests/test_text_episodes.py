@@ -488,6 +488,20 @@ class TestWithTrl:
         assert make_trainer(tmp_path, tokenizer).max_completion_length == 1024
         assert make_trainer(tmp_path, tokenizer, max_completion_length=33).max_completion_length == 33
 
+    def test_a_budget_for_fewer_turns_than_allowed_is_told(self, tmp_path, tokenizer, caplog):
+        """As in a script for GRPO, where it is the length of a completion."""
+        for enough in ({"max_completion_length": 20}, {}, {"max_completion_length": 12, "context": "window"}):
+            make_trainer(tmp_path, tokenizer, **enough)
+        assert "max_completion_length" not in caplog.text
+        make_trainer(tmp_path, tokenizer, max_completion_length=12)
+        assert "`max_completion_length` is 12 tokens for a whole text episode" in caplog.text
+        assert "2 turns of `max_turn_length` (5), but `max_turns` is 4" in caplog.text
+
+    @pytest.mark.parametrize("seed", ["3", 1.5, -1, True])
+    def test_a_seed_that_is_none(self, tmp_path, tokenizer, seed):
+        with pytest.raises(ValueError, match=f"`seed` of the dataset's first row is {seed!r}.*whole number"):
+            make_trainer(tmp_path, tokenizer, dataset=Dataset.from_dict({"seed": [seed] * 4}))
+
     def test_bf16_autocast_samples_what_it_trains(self, tmp_path, tokenizer):
         trainer = make_trainer(tmp_path, tokenizer, bf16=True)
         trainer.model.train()

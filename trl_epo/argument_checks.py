@@ -1,13 +1,25 @@
 """Arguments of `EPOTrainer` that do not go together, found before anything is loaded."""
 
+import logging
 from collections.abc import Callable, Sequence
 
 from .config import EPOConfig
 from .generation import make_logits_processors
 
 
-def check_text_episode_arguments(args: EPOConfig, tools: Sequence | None, rollout_func: Callable | None) -> None:
-    """Raise a `ValueError` that names what cannot be used with text episodes."""
+logger = logging.getLogger(__name__)
+
+
+def check_text_episode_arguments(
+    args: EPOConfig, tools: Sequence | None, rollout_func: Callable | None, prompt_builder: Callable | None
+) -> None:
+    """Raise a `ValueError` that names what cannot be used with text episodes; warn of what ends them early."""
+    if prompt_builder is not None and args.context != "window" and args.context_overflow != "window":
+        raise ValueError(
+            f"`prompt_builder` is given, but with `context={args.context!r}` and `context_overflow="
+            f"{args.context_overflow!r}` no prompt is built. Set `context='window'` or `context_overflow='window'`, or leave "
+            "it out."
+        )
     if rollout_func is not None:
         raise ValueError("Give either `rollout_func` or a text environment: the latter has its own rollouts.")
     if tools:
@@ -28,6 +40,7 @@ def check_text_episode_arguments(args: EPOConfig, tools: Sequence | None, rollou
             "`loss_type='dr_grpo'` divides by `max_completion_length`, which is not set: give the longest "
             "episode in tokens, observations included."
         )
+    _warn_of_short_budget(args)
     if args.use_vllm and args.world_size > 1 and (args.vllm_mode == "server" or args.vllm_tensor_parallel_size > 1):
         raise ValueError(
             "Text episodes on several processes cannot share a vLLM engine: TRL wants equally many requests from "
@@ -46,6 +59,24 @@ def check_text_episode_arguments(args: EPOConfig, tools: Sequence | None, rollou
         raise ValueError(
             "`ds3_gather_for_generation=False` makes every process call the model equally often, but text "
             "episodes end at different turns. Leave it `True`, or use vLLM."
+        )
+
+
+def _warn_of_short_budget(args: EPOConfig) -> None:
+    """A `max_completion_length` from a script for GRPO, where it is the length of one answer, ends episodes early."""
+    ends_episode = args.context == "transcript" and args.context_overflow == "stop"
+    if args.max_completion_length is None or not ends_episode:
+        return
+    num_turns = args.max_completion_length // args.max_turn_length
+    if num_turns < args.max_turns:
+        logger.warning(
+            "`max_completion_length` is %d tokens for a whole text episode, observations included: without any it holds no "
+            "more than %d turns of `max_turn_length` (%d), but `max_turns` is %d. An episode that has used it up ends "
+            "(`token_budget`). Leave it out for the rest of the model's context.",
+            args.max_completion_length,
+            num_turns,
+            args.max_turn_length,
+            args.max_turns,
         )
 
 
@@ -73,8 +104,13 @@ def episode_reward_weights(weights: Sequence[float] | None, num_reward_funcs: in
     )
 
 
-def check_other_arguments(args: EPOConfig) -> None:
+def check_other_arguments(args: EPOConfig, prompt_builder: Callable | None) -> None:
     """Raise a `ValueError` that names what is for text episodes only."""
+    if prompt_builder is not None:
+        raise ValueError(
+            "`prompt_builder` is for text episodes, but there is no text environment. Give an `environment_factory`, or "
+            "leave it out."
+        )
     if args.advantage_estimator != "grpo" or args.filter_zero_variance_groups or args.context != "transcript":
         raise ValueError(
             f"`advantage_estimator={args.advantage_estimator!r}`, `filter_zero_variance_groups="

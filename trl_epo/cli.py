@@ -142,6 +142,12 @@ class ScriptArguments:
         built_in = ENVIRONMENTS.get(self.environment)
         if self.tasks is None and built_in is not None:
             self.tasks = built_in.tasks
+        for name in ("train_size", "eval_size", "tasks_kwargs"):
+            if self.tasks is None and getattr(self, name):
+                raise ValueError(
+                    f"`{name}` is {getattr(self, name)}, but `tasks` is not set, so that there are no rows. Give a "
+                    "'module:function' that returns the dataset of a split, or leave it out."
+                )
 
     def environment_factory(self) -> Callable:
         """What makes an environment; raises a `UsageError` if it makes none, or none that talks in text."""

@@ -160,12 +160,12 @@ class EPOTrainer(SeamedGRPOTrainer):
         self._environments = make_environment_pool(environment_factory, args.env_timeout)
         if self._environments is not None:
             weakref.finalize(self, self._environments.close)  # also if what follows raises
-            check_text_episode_arguments(args, tools, rollout_func)
+            check_text_episode_arguments(args, tools, rollout_func, prompt_builder)
             if train_dataset is None:
                 train_dataset = placeholder_dataset(args, self._environments)
             first_row = check_first_row(self._environments, train_dataset, args.max_observation_length)
         else:
-            check_other_arguments(args)
+            check_other_arguments(args, prompt_builder)
         own_reward = self._environments is not None and not reward_funcs
         reward_weights = args.reward_weights
         if self._environments is not None:

@@ -70,6 +70,8 @@ def check_step(result: Any) -> tuple[str, float, bool, bool, dict[str, Any]]:
     observation, reward, terminated, truncated, info = result
     _check_text_and_info("step", observation, info)
     try:
+        if isinstance(reward, str | bytes | bytearray):  # which `float` would read
+            raise TypeError(type(reward).__name__)
         reward = float(reward)
     except Exception as error:  # OverflowError for a large integer, and whatever the object raises
         raise InvalidAnswer(f"`step` returned the reward {_describe(reward)}, but it must be a number.") from error
