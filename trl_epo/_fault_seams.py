@@ -5,8 +5,11 @@ The private names of TRL, and of transformers' Trainer below it, that faults, ch
 `_trl_seams.py`.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future
 from contextlib import ExitStack, contextmanager, nullcontext
+from copy import copy
+from functools import cache
 from pathlib import Path
 from shutil import rmtree
 from types import ModuleType
@@ -19,9 +22,11 @@ from torch.distributed import DistError
 from torch.distributed.checkpoint import CheckpointException
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import logging
+from transformers.utils.hub import hf_api
 from trl import GRPOTrainer
 
 from .checkpoints import (
+    TRAINING_ARGS_NAME,
     CheckpointError,
     begin_checkpoint,
     checkpoint_to_resume,
@@ -68,6 +73,9 @@ SIGNATURES = {
     ),
     "_get_output_dir": ("self", "trial"),
     "_save_checkpoint": ("self", "model", "trial"),
+    "_push_from_checkpoint": ("self", "checkpoint_folder"),
+    "_finish_current_push": ("self",),
+    "push_to_hub": ("self", "commit_message", "blocking", "token", "revision", "private", "kwargs"),
     "save_model": ("self", "output_dir", "_internal_call"),
     "create_model_card": ("self", "model_name", "dataset_name", "tags"),
     "_determine_best_metric": ("self", "metrics", "trial"),
@@ -98,6 +106,9 @@ GEOMETRY = (
 BEST = ("best_metric", "best_global_step", "best_model_checkpoint")
 # What saves sharded weights: the processes gather them together, then some of them write.
 SHARDED_SAVES = ("save_fsdp_model", "save_fsdp_optimizer")
+# What stays on the machine when Trainer pushes a folder: notes that hold paths and tracebacks; a pickle of all settings, the
+# token of the Hub included; and a checkpoint that was downloaded to resume from, which would take the place of a newer one.
+NOT_PUSHED = ("episodes/*", TRAINING_ARGS_NAME, "last-checkpoint/*")
 
 
 @contextmanager
@@ -109,6 +120,29 @@ def replaced(module: ModuleType, name: str, value: Any) -> Iterator[None]:
         yield
     finally:
         setattr(module, name, usual)
+
+
+@cache  # one thread for all pushes, so that they arrive in their order
+def _careful_hub() -> Any:
+    """Trainer's Hub, whose `upload_folder` leaves out what is `NOT_PUSHED`; if one in the background fails, the log says so."""
+    hub = copy(hf_api())
+    upload = hub.upload_folder
+
+    def upload_folder(*args, ignore_patterns: Sequence[str] = (), **kwargs):
+        pushed = upload(*args, ignore_patterns=[*ignore_patterns, *NOT_PUSHED], **kwargs)
+        if isinstance(pushed, Future):
+            pushed.add_done_callback(_log_failed_push)
+        return pushed
+
+    hub.upload_folder = upload_folder
+    return hub
+
+
+def _log_failed_push(push: Future) -> None:
+    if not push.cancelled() and (error := push.exception()) is not None:
+        logger.error(
+            f"A push to the Hub failed, so what it was to bring is not there: {type(error).__name__}: {error}"
+        )
 
 
 class FaultTolerantGRPOTrainer(GRPOTrainer):
@@ -244,6 +278,8 @@ class FaultTolerantGRPOTrainer(GRPOTrainer):
             if stops and self._saved_step != self.state.global_step:
                 self._save_checkpoint(model, trial)
                 self.control = self.callback_handler.on_save(self.args, self.state, self.control)
+        if stops or gives_up:
+            self._finish_current_push()  # nothing can be uploaded while Python ends
         if gives_up:
             raise FloatingPointError(
                 f"The loss or the gradient was not finite in {self._nonfinite.in_a_row} optimizer steps in a row "
@@ -301,6 +337,8 @@ class FaultTolerantGRPOTrainer(GRPOTrainer):
             self._give_up_checkpoint(folder)
         else:
             self._saved_step = self.state.global_step
+            if self.args.push_to_hub:
+                self._push_whole_checkpoint(folder)
             if self.args.should_save:
                 rotate(folder, self.args.save_total_limit, self.state.best_model_checkpoint)
 
@@ -325,7 +363,28 @@ class FaultTolerantGRPOTrainer(GRPOTrainer):
         self._must_save = True
         if self._saved_step != self.state.global_step:
             self._save_checkpoint(self.model, trial=None)
+        self._finish_current_push()
         return Path(self._get_output_dir(trial=None), f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}")
+
+    # The Hub
+
+    def push_to_hub(self, *args, **kwargs):
+        with replaced(transformers.trainer, "hf_api", _careful_hub):
+            return super().push_to_hub(*args, **kwargs)
+
+    def _push_from_checkpoint(self, checkpoint_folder):
+        if not self._saving:  # else it is not whole yet
+            with replaced(transformers.trainer, "hf_api", _careful_hub):
+                super()._push_from_checkpoint(checkpoint_folder)
+
+    def _push_whole_checkpoint(self, folder: Path) -> None:
+        """Begin to push a checkpoint that is whole; the last one of a run that is cut short waits for the one before it."""
+        if self._must_save:
+            self._finish_current_push()
+        try:
+            self._push_from_checkpoint(str(folder))
+        except Exception as error:  # the first process only: the run, and this process's part in it, go on
+            logger.error(f"The checkpoint {folder} could not be pushed to the Hub: {error}", exc_info=error)
 
     def _give_up_checkpoint(self, folder: Path) -> None:
         if self.args.should_save:
