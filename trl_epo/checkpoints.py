@@ -67,7 +67,7 @@ def what_is_missing(folder: Path) -> str | None:
 def last_whole_checkpoint(run: str | os.PathLike) -> str | None:
     """
     The newest checkpoint of a run's folder that is whole, on every process; `None` if there is none. What is passed over
-    is named in a warning.
+    is named in a warning. Every process calls it, also one that does not see the folder.
     """
     missing = {folder.name: what_is_missing(folder) for folder in _checkpoints(Path(run))}
     everyones = gather_object([missing])
@@ -92,7 +92,7 @@ def checkpoint_to_resume(asked: str | bool | None, run: str) -> str | None:
     if asked is None or asked is False:
         return None
     if asked is True:
-        found = last_whole_checkpoint(run) if os.path.isdir(run) else None
+        found = last_whole_checkpoint(run)
         if found is None:
             raise ValueError(
                 f"`resume_from_checkpoint=True`, but there is no whole checkpoint in {run!r}. Leave it out to begin anew, "

@@ -17,7 +17,7 @@ import torch
 from conftest import PATIENT_RUN, Corridor, child_environment, make_model, make_tokenizer, wait_for
 from transformers import TrainerCallback
 
-from trl_epo import EPOConfig, EPOTrainer
+from trl_epo import EPOConfig, EPOTrainer, cli
 from trl_epo.checkpoints import last_whole_checkpoint
 
 
@@ -230,6 +230,18 @@ def full_disk(folder: Path) -> None:
     except Exception as error:
         limit_files()
         say(json.dumps([type(error).__name__, str(error), trainer.state.global_step]))
+
+
+def views(folder: Path) -> None:
+    """On two processes, each of which looks for its run in a folder of its own: `--resume`, and `True`."""
+    where = folder / f"view{os.environ['RANK']}"
+    flags = {**SETTINGS, "environment": "conftest:Corridor", "model_name_or_path": folder / "model", "max_steps": 1}
+    flags = [part for name, value in {**flags, "output_dir": where}.items() for part in (f"--{name}", str(value))]
+    cli.main(["train", *flags, "--resume"])
+    try:
+        make_trainer(where).train(resume_from_checkpoint=True)
+    except ValueError as error:
+        Path(folder, f"refused{os.environ['RANK']}").write_text(str(error))
 
 
 if __name__ == "__main__":
