@@ -12,6 +12,7 @@ from copy import copy
 from functools import cache
 from pathlib import Path
 from shutil import rmtree
+from signal import Signals
 from types import ModuleType
 from typing import Any
 
@@ -35,7 +36,7 @@ from .checkpoints import (
     rotate,
 )
 from .gloo import let_gloo_finish
-from .interruption import EXIT_CODE, Interruption
+from .interruption import NAMES, Interruption, end
 from .nonfinite import NonfiniteSteps, gradient_is_finite, leaves_overflow_to_scaler
 from .run_state import load_run_state, save_run_state
 
@@ -148,7 +149,7 @@ def _log_failed_push(push: Future) -> None:
 class FaultTolerantGRPOTrainer(GRPOTrainer):
     """
     `GRPOTrainer` that survives what can go wrong in training: it leaves out optimizer steps that are not finite, ends with a
-    checkpoint on SIGTERM, knows whole checkpoints from cut ones, and goes on from them as if nothing had happened.
+    checkpoint on SIGTERM and Ctrl-C, knows whole checkpoints from cut ones, and goes on from them as if nothing had happened.
     """
 
     def __init__(self, *args, **kwargs):
@@ -203,13 +204,20 @@ class FaultTolerantGRPOTrainer(GRPOTrainer):
             result = super().train(checkpoint, *args, **kwargs)
         if interruption.requested:
             logger.warning(
-                "SIGTERM came after the last step: training is complete, and what follows it is not cut short."
+                f"{NAMES[interruption.signal]} came after the last step: training is complete, and what follows it is not cut "
+                "short."
             )
         return result
 
     def _any_process(self, happened: bool) -> bool:
         """Whether it did on any process; called by all."""
         return bool(self.accelerator.reduce(torch.tensor(float(happened), device=self.accelerator.device), "sum"))
+
+    def _signal_to_end(self) -> Signals | None:
+        """What has asked this process, or another one, to end; called by all."""
+        came = [float(self._interruption.signal == number) for number in NAMES]
+        counts = self.accelerator.reduce(torch.tensor(came, device=self.accelerator.device), "sum").tolist()
+        return next((number for number, count in zip(NAMES, counts, strict=True) if count), None)
 
     def _run_epoch(self, *args, **kwargs):
         if self.state.global_step < self.state.max_steps:
@@ -262,7 +270,7 @@ class FaultTolerantGRPOTrainer(GRPOTrainer):
         self._nonfinite.end_step(not left_out or self.args.fp16)  # in fp16 it is looking for its scale
 
     def _maybe_log_save_evaluate(self, tr_loss, grad_norm, model, trial, *args, **kwargs):
-        stops = self._any_process(self._interruption.requested)
+        stops = self._signal_to_end()
         gives_up = self._nonfinite.in_a_row >= self.args.max_nonfinite_steps
         if stops or gives_up:
             self._must_save = True
@@ -274,7 +282,8 @@ class FaultTolerantGRPOTrainer(GRPOTrainer):
         took_time = self.control.should_evaluate or self.control.should_save
         super()._maybe_log_save_evaluate(tr_loss, grad_norm, model, trial, *args, **kwargs)
         if took_time and not (stops or gives_up):
-            stops = self._must_save = self._any_process(self._interruption.requested)
+            stops = self._signal_to_end()
+            self._must_save = bool(stops)
             if stops and self._saved_step != self.state.global_step:
                 self._save_checkpoint(model, trial)
                 self.control = self.callback_handler.on_save(self.args, self.state, self.control)
@@ -290,10 +299,10 @@ class FaultTolerantGRPOTrainer(GRPOTrainer):
             )
         if stops:
             logger.warning(
-                f"Ended by SIGTERM after step {self.state.global_step}; `resume_from_checkpoint=True` (on the command line "
+                f"Ended by {NAMES[stops]} after step {self.state.global_step}; `resume_from_checkpoint=True` (on the command line "
                 "`--resume`) goes on from there."
             )
-            raise SystemExit(EXIT_CODE)
+            end(stops)
 
     # Checkpoints
 
