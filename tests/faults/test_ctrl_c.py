@@ -183,8 +183,9 @@ def test_a_notebooks_kernel(tmp_path):
 
     def output(message):
         if message["msg_type"] == "stream":
+            before = "".join(said)
             said.append(message["content"]["text"])
-            if "step 3" in message["content"]["text"] and "step 4" not in "".join(said):
+            if "step 3" in "".join(said) and "step 3" not in before:
                 manager.interrupt_kernel()
 
     try:

@@ -1,5 +1,6 @@
 """However a trainer ends, the processes of its environments end with it: real trainers, really killed."""
 
+import os
 import signal
 import subprocess
 import sys
@@ -109,6 +110,9 @@ def test_nothing_is_left(tmp_path, end, stopped):
         of_trainer = psutil.Process(trainer.pid)
         everything = of_trainer.children(recursive=True)
         assert len(environments(of_trainer)) == 5  # 4 workers and Java
+        assert [os.getpgid(p.pid) == p.pid for p in environments(of_trainer) if "java" in p.name()] == [
+            True
+        ]  # no Ctrl-C
         if stopped:
             (tmp_path / "tokens" / "0").touch()
             assert wait_for(lambda: any(p.status() == "stopped" for p in environments(of_trainer)))
