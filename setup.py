@@ -33,7 +33,15 @@ EXTRAS = {
     "alfworld": ["alfworld>=0.4.2,<0.5", "textworld[pddl]>=1.7,<1.8"],
     "plot": ["matplotlib>=3.8"],
 }
-EXTRAS["dev"] = [*EXTRAS["scienceworld"], *EXTRAS["plot"], "hypothesis", "psutil", "pytest", "ruff==0.17.6"]
+EXTRAS["dev"] = [
+    *EXTRAS["scienceworld"],
+    *EXTRAS["plot"],
+    "hypothesis",
+    "ipykernel",
+    "psutil",
+    "pytest",
+    "ruff==0.17.6",
+]
 
 setup(
     name="trl-epo",

@@ -266,6 +266,7 @@ class TestCommands:
         done = run("train", *flags, "--resume", "--max_steps", "3", "--eval_strategy", "no", cwd=trained)
         assert done.returncode == 0, done.stderr[-3000:]
         assert "checkpoint-9 is passed over" in done.stderr
+        assert f"--resume: training goes on from {trained / 'checkpoint-2'}." in done.stderr
         history = json.loads((trained / "trainer_state.json").read_text())["log_history"]
         assert [entry["step"] for entry in history if "epo/entropy" in entry] == [1, 2, 3]
 

@@ -303,8 +303,11 @@ def train(script: ScriptArguments, args: EPOConfig, model_args: ModelConfig) -> 
         peft_config=get_peft_config(model_args),
     )
     checkpoint = args.resume_from_checkpoint
-    if checkpoint is None and script.resume and os.path.isdir(args.output_dir):
-        checkpoint = last_whole_checkpoint(args.output_dir)
+    if checkpoint is None and script.resume:
+        checkpoint = last_whole_checkpoint(args.output_dir)  # which all processes look for together
+        if trainer.is_world_process_zero():
+            nothing = f"there is no whole checkpoint in {args.output_dir}, training begins anew"
+            logger.warning("--resume: %s.", nothing if checkpoint is None else f"training goes on from {checkpoint}")
     trainer.train(resume_from_checkpoint=checkpoint)
     trainer.save_model()
     trainer.save_state()

@@ -438,7 +438,14 @@ class _Jvm:
         command += ["--die-on-broken-pipe", "--enable-auth", "0"]
         pipe = subprocess.PIPE
         try:
-            self.process = subprocess.Popen(command, cwd=BASEPATH, stdin=pipe, stdout=pipe, stderr=subprocess.DEVNULL)
+            self.process = subprocess.Popen(
+                command,
+                cwd=BASEPATH,
+                stdin=pipe,
+                stdout=pipe,
+                stderr=subprocess.DEVNULL,
+                start_new_session=True,  # a terminal's Ctrl-C is for this process, which may want to play on to the step's end
+            )
         except OSError as error:
             raise SimulatorError(f"Java could not be started: {error}") from error
         atexit.register(self.end)
