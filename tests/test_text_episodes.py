@@ -1,5 +1,6 @@
 """`EPOTrainer` with text environments: real environments, a real model, the real trainer."""
 
+import gc
 from collections import Counter
 from itertools import count
 
@@ -13,6 +14,7 @@ from torch.profiler import profile
 from transformers import BloomConfig, BloomForCausalLM
 
 from trl_epo import EPOConfig, EPOTrainer
+from trl_epo.kv_cache import EpisodeCache
 
 
 BASE = {
@@ -363,6 +365,61 @@ class TestFaults:
         torch.testing.assert_close(weights(trainer), before)
         assert all(entry["episode/stop/failure"] == 1.0 for entry in logs(trainer))
         assert trainer.entropy_history.means == []
+
+
+@pytest.fixture
+def without_collector():
+    """CUDA's allocator does not ask for a collection when memory is out, so that caches must go without one."""
+    gc.collect()
+    gc.disable()
+    yield
+    gc.enable()
+
+
+def live_caches():
+    return [thing for thing in gc.get_objects() if type(thing) is EpisodeCache]
+
+
+class Counting(EPOTrainer):
+    """Counts the key/value caches in memory whenever a loss is computed."""
+
+    def compute_loss(self, *args, **kwargs):
+        self.counts = [*getattr(self, "counts", []), len(live_caches())]
+        return super().compute_loss(*args, **kwargs)
+
+
+class TestCachesOfRollouts:
+    @pytest.mark.parametrize("turns", [1, 6])  # 1: all rows end together
+    def test_none_is_left_when_losses_are_computed(self, tmp_path, tokenizer, without_collector, turns):
+        trainer = Counting(
+            make_model(),
+            args=EPOConfig(str(tmp_path), **{**BASE, "max_steps": 6}),
+            train_dataset=ROWS,
+            processing_class=tokenizer,
+            environment_factory=lambda: Corridor(turns=turns),
+        )
+        trainer.train()
+        assert trainer.counts == [0] * 6
+
+    def test_an_error_in_the_middle_of_a_rollout_holds_no_memory(self, tmp_path, tokenizer, without_collector):
+        trainer = make_trainer(tmp_path, tokenizer)
+        caches = []
+
+        def interrupt(*args):
+            caches.extend(live_caches())
+            if caches and caches[0].layers[0].is_initialized:
+                raise KeyboardInterrupt
+
+        trainer.model.model.layers[1].register_forward_pre_hook(interrupt)
+        with pytest.raises(KeyboardInterrupt) as interruption:
+            trainer.train()
+        assert caches
+        # The traceback holds the frames of the rollout, in a notebook until the next error
+        assert live_caches()
+        assert all(cache.layers == [] for cache in live_caches())
+        caches.clear()
+        del interruption
+        assert live_caches() == []
 
 
 class TestBadInput:

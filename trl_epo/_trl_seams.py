@@ -7,7 +7,7 @@ Every private name of TRL that this package relies on, and nothing else; those o
 """
 
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, closing, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -364,13 +364,15 @@ class SeamedGRPOTrainer(FaultTolerantGRPOTrainer):
             model.eval()
             settings = {name: getattr(self, name) for name in SAMPLING_SETTINGS} | (self.args.generation_kwargs or {})
             try:
-                yield CachedTurnSampler(
+                sampler = CachedTurnSampler(
                     model,
                     eos_token_ids=self.eos_token_ids,
                     pad_token_id=self._tokenizer.pad_token_id,
                     temperature=settings["temperature"],
                     processors=make_logits_processors(self.accelerator.device, **settings),
                 )
+                with closing(sampler):
+                    yield sampler
             finally:
                 model.train(was_training)
 

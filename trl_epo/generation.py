@@ -220,6 +220,10 @@ class CachedTurnSampler:
             if row.episode == episode:
                 row.episode = None
 
+    def close(self) -> None:
+        """Let go of the cache, also while something still holds the sampler, such as the traceback of an error."""
+        self._cache.clear()
+
     @property
     def is_busy(self) -> bool:
         return bool(self._asked or self._running)
