@@ -11,9 +11,10 @@ from conftest import CHATML, PATIENT_RUN, Corridor, make_model
 from datasets import Dataset, IterableDataset
 from peft import LoraConfig, PromptTuningConfig
 from torch.profiler import profile
-from transformers import BloomConfig, BloomForCausalLM
+from transformers import BloomConfig, BloomForCausalLM, Phi3Config, Phi3ForCausalLM
 
 from trl_epo import EPOConfig, EPOTrainer
+from trl_epo.generation import CachedTurnSampler, RequestTurnSampler
 from trl_epo.kv_cache import EpisodeCache
 
 
@@ -576,6 +577,33 @@ class TestWithTrl:
         trainer.train()
         assert trainer.model.training
         assert all(entry["episode/turns"] > 1 for entry in logs(trainer))
+        assert all(entry["episode/stop/failure"] == 0 for entry in logs(trainer))
+
+    @pytest.mark.parametrize(("original_length", "sampler"), [(32, RequestTurnSampler), (512, CachedTurnSampler)])
+    def test_rotations_that_change_with_the_context(self, tmp_path, tokenizer, original_length, sampler):
+        config = Phi3Config(
+            vocab_size=400,
+            hidden_size=32,
+            intermediate_size=64,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            max_position_embeddings=512,
+            original_max_position_embeddings=original_length,
+            rope_parameters={"rope_type": "longrope", "short_factor": [1.0] * 4, "long_factor": [4.0] * 4},
+            bos_token_id=None,
+            eos_token_id=2,
+            pad_token_id=0,
+        )
+        trainer = EPOTrainer(
+            Phi3ForCausalLM(config),
+            args=EPOConfig(str(tmp_path), **BASE),
+            train_dataset=ROWS,
+            processing_class=tokenizer,
+            environment_factory=Corridor,
+        )
+        with trainer.turn_sampler() as used:
+            assert type(used) is sampler
+        trainer.train()
         assert all(entry["episode/stop/failure"] == 0 for entry in logs(trainer))
 
     def test_a_second_training_begins_a_new_history(self, tmp_path, tokenizer):

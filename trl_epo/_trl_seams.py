@@ -6,6 +6,7 @@ Every private name of TRL that this package relies on, and nothing else; those o
 `SIGNATURES` is checked against the installed TRL by `tests/test_trl_seams.py`.
 """
 
+import math
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, closing, contextmanager, nullcontext
 from typing import Any
@@ -211,7 +212,7 @@ class SeamedGRPOTrainer(FaultTolerantGRPOTrainer):
     def use_played_episodes(self) -> None:
         """Take completions from [`set_played_batch`] from now on, instead of generating them."""
         if not self.use_vllm:
-            slow = self.use_transformers_continuous_batching or unfit_for_cached_sampler(self._causal_lm(self.model))
+            slow = self.use_transformers_continuous_batching or self._unfit_for_cached_sampler
             check_rollouts(self.accelerator, calls_whole_model=bool(slow))
         self._plays_episodes = True
         self.rollout_func = lambda prompts, trainer: dict(self._played_batch["fields"])
@@ -229,6 +230,15 @@ class SeamedGRPOTrainer(FaultTolerantGRPOTrainer):
         if self.vllm_mode == "colocate" and self.args.vllm_tensor_parallel_size == 1:
             # TRL starts the engine with a seed of its own, which also seeds this process.
             set_seed(self.args.seed, device_specific=True)
+
+    @property
+    def model_context_length(self) -> int | None:
+        """The longest context, in tokens, that the model takes; `None` if it has no bound. No episode has a longer one."""
+        return getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
+
+    @property
+    def _unfit_for_cached_sampler(self) -> str | None:
+        return unfit_for_cached_sampler(self._causal_lm(self.model), self.model_context_length or math.inf)
 
     @property
     def vllm_context_length(self) -> int | None:
@@ -335,7 +345,7 @@ class SeamedGRPOTrainer(FaultTolerantGRPOTrainer):
         """A sampler over the current weights; the model is in evaluation mode meanwhile."""
         was_training = self.model.training
         by_request = self.use_vllm or self.use_transformers_continuous_batching
-        unfit = None if by_request else unfit_for_cached_sampler(self._causal_lm(self.model))
+        unfit = None if by_request else self._unfit_for_cached_sampler
         if by_request or unfit:
             if unfit:
                 logger.warning_once(f"Each turn of a text episode reads its whole transcript again: {unfit}.")
