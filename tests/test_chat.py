@@ -148,6 +148,23 @@ def test_observations_cannot_forge_chat_structure(family):
     check()
 
 
+@pytest.mark.parametrize(
+    ("name", "enable_thinking", "opens"),
+    [
+        ("qwen3", None, False),
+        ("qwen3", False, False),  # the template writes an empty thought
+        ("deepseek_r1_distill", None, True),
+        ("qwen3_5_think", None, True),
+        ("qwen3_5_think", False, False),
+        ("glm4moe", None, False),
+    ],
+)
+def test_templates_that_open_a_thought(name, enable_thinking, opens):
+    tokenizer = make_tokenizer((TEMPLATES / f"{name}.jinja").read_text())
+    kwargs = {} if enable_thinking is None else {"enable_thinking": enable_thinking}
+    assert ChatEncoder(tokenizer, [tokenizer.eos_token_id], chat_template_kwargs=kwargs).opens_thought == opens
+
+
 def structure_of(tokenizer, ids):
     return [i for i in ids if i in tokenizer.added_tokens_decoder]
 

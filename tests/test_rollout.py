@@ -9,9 +9,10 @@ from itertools import count
 import gymnasium
 import numpy as np
 import pytest
-from conftest import Corridor
+from conftest import CHATML, Corridor, make_tokenizer
 from hypothesis import given
 from hypothesis import strategies as st
+from tokenizers import AddedToken
 
 from trl_epo import rollout
 from trl_epo.chat import ChatEncoder
@@ -21,6 +22,7 @@ from trl_epo.envs import TextEnv
 from trl_epo.episode import StopReason, episode_row
 from trl_epo.failures import FailureKind
 from trl_epo.generation import Sample
+from trl_epo.metrics import EpisodeSummary
 from trl_epo.rollout import EpisodeStart, Limits, parse_action, parse_tagged_action, play_episodes
 
 
@@ -75,6 +77,7 @@ def play(tokenizer, samplers):
         options=None,
         names=None,
         timeout=math.inf,
+        chat=None,
         **limits,
     ):
         limits = {"max_turns": 10, "max_turn_length": 20, **limits}
@@ -84,10 +87,10 @@ def play(tokenizer, samplers):
                 rules[name] = limits.pop(name)
         names = names or [None] * num
         starts = [EpisodeStart(list(prompt), seed=5, options=options or {}, environment=name) for name in names]
-        sampler = ScriptedSampler(tokenizer, texts)
+        chat = chat or ChatEncoder(tokenizer, [tokenizer.eos_token_id])
+        sampler = ScriptedSampler(chat.tokenizer, texts)
         samplers.append(sampler)
         pool = EnvironmentPool(factory, timeout)
-        chat = ChatEncoder(tokenizer, [tokenizer.eos_token_id])
         return play_episodes(starts, pool, ContextRules(chat, **rules), sampler, Limits(**limits), parser)
 
     return play
@@ -99,6 +102,13 @@ class TestParseAction:
         [
             ("<action>open door</action>", "open door"),
             ("<think>hm</think>\n<action> open\n</action> bye", "open"),
+            ("<think>left?</think>\n\nopen", "open"),
+            ("the template wrote the tag</think>open", "open"),
+            ("<think>a</think>left<think>b</think>open", "open"),
+            ("<think><action>left</action></think>open", "open"),
+            ("<think><action>left</action></think>", None),
+            ("<think>perhaps I should go left", None),
+            ("<action>left</action><think>or perhaps", None),
             ("<action>first</action><action>second</action>", "second"),
             ("  open door\n", "open door"),
             ("<action>cut by the limit", "<action>cut by the limit"),
@@ -115,6 +125,9 @@ class TestParseAction:
         assert parse_tagged_action("<action></action>") is None
         assert parse_tagged_action("open door") is None
         assert parse_tagged_action("<action>open door") is None
+        assert parse_tagged_action("<think><action>left</action></think>open door") is None
+        assert parse_tagged_action("<think><action>left</action></think><action>open</action>") == "open"
+        assert parse_tagged_action("<think><action>left</action>") is None
 
     @given(st.text())
     def test_never_raises_and_never_returns_blank(self, text):
@@ -210,6 +223,54 @@ class TestInvalidActions:
         assert episode.turns[1].action is None
         assert episode.turns[1].observation == f"You are at {start}."  # one step right, one (the empty action) left
         assert episode.num_invalid_actions == 1
+
+
+class TestThoughts:
+    OPENS = CHATML.replace("assistant\n{% endif", "assistant\n<think>\n{% endif")
+
+    @pytest.fixture(params=[None, False, True], ids=["no tokens", "plain tokens", "special tokens"])
+    def thinking(self, request):
+        """A tokenizer whose template opens a thought; the tags are ordinary text or tokens of their own."""
+        tokenizer = make_tokenizer(self.OPENS)
+        if request.param is not None:
+            tokenizer.add_tokens([AddedToken(tag, special=request.param) for tag in ("<think>", "</think>")])
+        return tokenizer
+
+    def actions(self, play, tokenizer, texts, **kwargs):
+        chat = ChatEncoder(tokenizer, [tokenizer.eos_token_id])
+        kwargs = {"max_turns": len(texts), "max_turn_length": 100, "max_episode_length": 2000, **kwargs}
+        (episode,) = play(lambda: Corridor(length=99, turns=50), texts, chat=chat, **kwargs)
+        assert [turn.text for turn in episode.turns] == texts
+        assert [turn.invalid for turn in episode.turns] == [turn.action is None for turn in episode.turns]
+        return [turn.action for turn in episode.turns], [turn.cut_thought for turn in episode.turns]
+
+    @pytest.mark.parametrize("parser", [parse_action, parse_tagged_action])
+    def test_of_a_template_that_opens_them(self, play, thinking, parser):
+        texts = ["left</think><action>right</action>", "I could go <action>left</action>", "<think>", "hm</think>"]
+        actions, cut = self.actions(play, thinking, texts, parser=parser)
+        assert actions == ["right", None, None, None]
+        assert cut == [False, True, True, False]
+
+    def test_of_a_model_that_opens_them(self, play, tokenizer):
+        texts = ["<think>left</think>right", "<think>left", "right"]
+        assert self.actions(play, tokenizer, texts) == (["right", None, "right"], [False, True, False])
+
+    def test_other_parsers_get_the_whole_text(self, play, thinking):
+        texts = ["left</think>right", "I could go left"]
+        actions, cut = self.actions(play, thinking, texts, parser=lambda text: text)
+        assert actions == texts
+        assert cut == [False, True]
+
+    def test_are_counted(self, play, thinking):
+        (episode,) = play(
+            lambda: Corridor(length=99),
+            ["I could go left, or right"],
+            chat=ChatEncoder(thinking, [thinking.eos_token_id]),
+            max_turns=3,
+            max_turn_length=2,
+        )
+        assert episode.num_cut_thoughts == episode.num_invalid_actions == 3
+        assert EpisodeSummary.of(episode).num_cut_thoughts == 3
 
 
 def test_group_starts_from_the_same_state(play):

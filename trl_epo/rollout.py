@@ -11,6 +11,7 @@ from concurrent.futures import ALL_COMPLETED, FIRST_COMPLETED, Future, wait
 from dataclasses import dataclass, field
 from typing import Any
 
+from .chat import END_OF_THOUGHT, THINK
 from .contexts import ContextRules, NextTurn, PastTurn, TurnView
 from .environment_pool import EnvironmentPool, EnvironmentWorker
 from .episode import Episode, StopReason, Turn
@@ -28,29 +29,42 @@ NO_PROMPT = [{"role": "user", "content": ""}]  # of an episode that failed befor
 _ACTION_TAG = re.compile(r"<action>(.*?)</action>", re.DOTALL)
 
 
+def after_thoughts(text: str) -> str | None:
+    """What stands after the last `</think>`, all of a text without thoughts; `None` if a thought is not closed."""
+    rest = text.rpartition(END_OF_THOUGHT)[2]
+    return None if THINK in rest else rest
+
+
 def parse_action(text: str) -> str | None:
     """
-    The default action parser: what stands inside the last `<action>…</action>`, else the whole text.
+    The default action parser: of what follows the last `</think>` what stands inside the last `<action>…</action>`, else
+    all of it.
 
-    Returns `None`, an invalid action, when that is empty.
+    Returns `None`, an invalid action, when that is empty, or when a thought is not closed.
 
     >>> parse_action("<think>The key!</think><action>take key</action>")
     'take key'
-    >>> parse_action("take key")
+    >>> parse_action("<think>The key!</think> take key")
     'take key'
+    >>> parse_action("<think>The key") is None
+    True
     """
+    text = after_thoughts(text) or ""
     tagged = _ACTION_TAG.findall(text)
     return (tagged[-1] if tagged else text).strip() or None
 
 
 def parse_tagged_action(text: str) -> str | None:
     """
-    The paper's action parser: what stands inside the last `<action>…</action>`; without the tags there is no action.
+    The paper's action parser: as [`parse_action`], but without the tags there is no action.
 
     >>> parse_tagged_action("take key") is None
     True
     """
-    return parse_action(text) if _ACTION_TAG.search(text) else None
+    return parse_action(text) if _ACTION_TAG.search(after_thoughts(text) or "") else None
+
+
+IGNORE_THOUGHTS = (parse_action, parse_tagged_action)
 
 
 @dataclass(frozen=True)
@@ -109,6 +123,7 @@ class _Playing:
     sample: Sample | None = None  # the action that the environment is to answer; None: `reset`
     text: str = ""
     action: str | None = None
+    cut_thought: bool = False
     not_understood: bool = False  # the environment says so of the last action
     success: bool | None = None
     task: str | None = None
@@ -148,9 +163,12 @@ class _Playing:
         """Ask the environment to answer the sampled action."""
         self.sample = sample
         self.context += sample.token_ids
-        self.text = rules.chat.tokenizer.decode(sample.token_ids, skip_special_tokens=True)
+        self.text = rules.chat.decode(sample.token_ids)
+        # A thought that the template has opened is not closed by a text without tags either
+        self.cut_thought = after_thoughts(THINK * rules.chat.opens_thought + self.text) is None
         try:
-            self.action = action_parser(self.text)
+            cut = self.cut_thought and action_parser in IGNORE_THOUGHTS
+            self.action = None if cut else action_parser(self.text)
         except Exception as error:
             bad = BadInput(f"The action parser raised {type(error).__name__}: {error}")
             bad.__cause__ = error
@@ -225,6 +243,7 @@ class _Playing:
                 observation=observation,
                 reward=reward,
                 starts_context=not is_first and self.next_turn.starts_context,
+                cut_thought=self.cut_thought,
             )
         )
         if terminated:
