@@ -85,8 +85,9 @@ class ChatEncoder:
         template = "".join(part for part in rendered if isinstance(part, str))
         written = self._added_pattern.findall(template) if self._added_pattern else []
         self._structure = {added[token] for token in written} | (self.eos_token_ids & set(added.values()))
-        start = self._added_pattern.match(self._before_observation.lstrip()) if self._added_pattern else None
-        self._end_of_turn: int | None = self._added_ids[start.group()] if start else None
+        # Not every one stands at the beginning, and what stands there may be the next turn's header.
+        before = self._added_pattern.findall(self._before_observation) if self._added_pattern else []
+        self._ends_of_turn = {added[token] for token in before} & self.eos_token_ids
 
     def encode_prompt(self, messages: list[dict[str, str]]) -> list[int]:
         """
@@ -113,13 +114,11 @@ class ChatEncoder:
 
     def encode_observation(self, observation: str, last_action_token: int) -> list[int]:
         """
-        Token ids that stand between an action and the next one: the end of the assistant's turn unless it was
-        sampled, the observation as a user message, and the assistant's header.
+        Token ids that stand between an action and the next one: the end of the assistant's turn, of which what was
+        sampled is left out, the observation as a user message, and the assistant's header.
         """
         ids = self._encode([(self._before_observation, True), (observation, False), (self._after_observation, True)])
-        if last_action_token in self.eos_token_ids and self._end_of_turn is not None:
-            return ids[ids.index(self._end_of_turn) + 1 :]
-        return ids
+        return ids[ids.index(last_action_token) + 1 :] if last_action_token in self._ends_of_turn else ids
 
     def decode(self, token_ids: Sequence[int]) -> str:
         """The text of a turn, without special tokens other than those that tell a thought from what follows it."""
