@@ -19,6 +19,7 @@ from trl_epo.chat import ChatEncoder
 from trl_epo.contexts import ContextRules, add_observation
 from trl_epo.environment_pool import EnvironmentPool
 from trl_epo.envs import TextEnv
+from trl_epo.envs.base import NeighbourTimeout
 from trl_epo.episode import StopReason, episode_row
 from trl_epo.failures import FailureKind
 from trl_epo.generation import Sample
@@ -442,6 +443,79 @@ class Waiting(Corridor):
     def step(self, action):
         self.wait()
         return super().step(action)
+
+
+class Sharing(Corridor):
+    """Lives in a process with others, of which one call after the other has no end; what ends it ends them all."""
+
+    class Process:
+        def __init__(self, num_hangs):
+            self.lock = threading.Lock()
+            self.num_hangs = num_hangs
+            self.begin()
+
+        def begin(self):
+            self.killed = threading.Event()
+            self.hanging = None
+
+    def __init__(self, process):
+        super().__init__(length=99, turns=3)
+        self.process = process
+        self.killed = process.killed
+
+    def reset(self, **kwargs):
+        self.killed = self.process.killed
+        return super().reset(**kwargs)
+
+    def step(self, action):
+        with self.process.lock:
+            if self.process.hanging is None and self.process.num_hangs:
+                self.process.hanging = self
+                self.process.num_hangs -= 1
+        if self.process.hanging is not None:
+            self.killed.wait()
+        if self.killed.is_set():
+            raise NeighbourTimeout
+        return super().step(action)
+
+    def interrupt(self):
+        killed = self.process.killed
+        self.process.begin()
+        killed.set()
+
+    @property
+    def held_up_by_another(self):
+        return self.process.hanging not in (None, self) or self.killed.is_set()
+
+
+class TestNeighbours:
+    @pytest.mark.parametrize(("num_hangs", "max_retries"), [(1, 0), (2, 1)])
+    def test_a_time_out_costs_the_others_no_retry(self, play, num_hangs, max_retries):
+        process = Sharing.Process(num_hangs)
+        episodes = play(lambda: Sharing(process), num=6, timeout=3.0, max_retries=max_retries)
+        kinds = [failure.kind for episode in episodes for failure in episode.failures]
+        assert kinds.count(FailureKind.TIMEOUT) == num_hangs
+        assert kinds.count(FailureKind.NEIGHBOUR) >= 3 * num_hangs
+        assert len(kinds) == kinds.count(FailureKind.TIMEOUT) + kinds.count(FailureKind.NEIGHBOUR)
+        for episode in episodes:
+            own = [failure.kind for failure in episode.failures].count(FailureKind.TIMEOUT)
+            assert episode.failed == (own > max_retries)
+            assert episode.failed or len(episode.turns) == 3
+
+    def test_an_environment_that_hangs_each_time_comes_to_an_end(self, play):
+        process = Sharing.Process(num_hangs=10**6)
+        episodes = play(lambda: Sharing(process), num=3, timeout=0.2, max_retries=1)
+        kinds = [[failure.kind for failure in episode.failures] for episode in episodes]
+        assert all(episode.failed for episode in episodes)
+        assert sum(own.count(FailureKind.TIMEOUT) for own in kinds) <= 3 * 2
+
+    @pytest.mark.parametrize("max_retries", [0, 1])
+    def test_without_a_time_out_there_is_no_excuse(self, play, max_retries):
+        def pretend(*answer):
+            raise NeighbourTimeout
+
+        (episode,) = play(lambda: Faulty(pretend, 1), parser=lambda text: "x", max_retries=max_retries)
+        assert [failure.kind for failure in episode.failures] == [FailureKind.NEIGHBOUR] * (max_retries + 1)
 
 
 class TestConcurrency:
