@@ -156,16 +156,18 @@ def _escaped_samples() -> AbstractContextManager[None]:
 class SeamedGRPOTrainer(FaultTolerantGRPOTrainer):
     """`GRPOTrainer` with its private seams under names of our own."""
 
+    # Of the class, so that TRL's methods also work on a trainer that was made without `__init__`, as TRL's tests do.
+    _captured_entropies: list[Tensor] | None = None
+    _loss_inputs: dict[str, Any] | None = None  # what TRL's loss reads, while it is being computed
+    _plays_episodes = False
+    _played_batch: dict[str, list] | None = None
+    # The reward of each episode of the generation batch, over all processes; NaN for those that failed.
+    episode_rewards: Tensor | None = None
+    # Which completion tokens carry loss, (B, T), while they are being scored; None: all of them.
+    _loss_mask: Tensor | None = None
+    loss_context_ids: Tensor | None = None  # the context of each of them, (B, T); None: all are in one
+
     def __init__(self, *args, **kwargs):
-        self._captured_entropies: list[Tensor] | None = None
-        self._loss_inputs: dict[str, Any] | None = None  # what TRL's loss reads, while it is being computed
-        self._plays_episodes = False
-        self._played_batch: dict[str, list] | None = None
-        # The reward of each episode of the generation batch, over all processes; NaN for those that failed.
-        self.episode_rewards: Tensor | None = None
-        # Which completion tokens carry loss, (B, T), while they are being scored; None: all of them.
-        self._loss_mask: Tensor | None = None
-        self.loss_context_ids: Tensor | None = None  # the context of each of them, (B, T); None: all are in one
         super().__init__(*args, **kwargs)
         if self.args.use_cpu and self.accelerator.num_processes > 1:
             set_timeout(self.args.ddp_timeout_delta)  # which transformers passes on for other devices only
