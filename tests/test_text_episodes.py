@@ -1,5 +1,6 @@
 """`EPOTrainer` with text environments: real environments, a real model, the real trainer."""
 
+import gc
 from collections import Counter
 from itertools import count
 
@@ -10,10 +11,12 @@ from conftest import CHATML, PATIENT_RUN, Corridor, make_model
 from datasets import Dataset, IterableDataset
 from peft import LoraConfig, PromptTuningConfig
 from torch.profiler import profile
-from transformers import BloomConfig, BloomForCausalLM
+from transformers import BloomConfig, BloomForCausalLM, Phi3Config, Phi3ForCausalLM
 
 from trl_epo import EPOConfig, EPOTrainer
 from trl_epo.episode import StopReason
+from trl_epo.generation import CachedTurnSampler, RequestTurnSampler
+from trl_epo.kv_cache import EpisodeCache
 
 
 BASE = {
@@ -405,6 +408,61 @@ class TestFaults:
         assert trainer.entropy_history.means == []
 
 
+@pytest.fixture
+def without_collector():
+    """CUDA's allocator does not ask for a collection when memory is out, so that caches must go without one."""
+    gc.collect()
+    gc.disable()
+    yield
+    gc.enable()
+
+
+def live_caches():
+    return [thing for thing in gc.get_objects() if type(thing) is EpisodeCache]
+
+
+class Counting(EPOTrainer):
+    """Counts the key/value caches in memory whenever a loss is computed."""
+
+    def compute_loss(self, *args, **kwargs):
+        self.counts = [*getattr(self, "counts", []), len(live_caches())]
+        return super().compute_loss(*args, **kwargs)
+
+
+class TestCachesOfRollouts:
+    @pytest.mark.parametrize("turns", [1, 6])  # 1: all rows end together
+    def test_none_is_left_when_losses_are_computed(self, tmp_path, tokenizer, without_collector, turns):
+        trainer = Counting(
+            make_model(),
+            args=EPOConfig(str(tmp_path), **{**BASE, "max_steps": 6}),
+            train_dataset=ROWS,
+            processing_class=tokenizer,
+            environment_factory=lambda: Corridor(turns=turns),
+        )
+        trainer.train()
+        assert trainer.counts == [0] * 6
+
+    def test_an_error_in_the_middle_of_a_rollout_holds_no_memory(self, tmp_path, tokenizer, without_collector):
+        trainer = make_trainer(tmp_path, tokenizer)
+        caches = []
+
+        def interrupt(*args):
+            caches.extend(live_caches())
+            if caches and caches[0].layers[0].is_initialized:
+                raise KeyboardInterrupt
+
+        trainer.model.model.layers[1].register_forward_pre_hook(interrupt)
+        with pytest.raises(KeyboardInterrupt) as interruption:
+            trainer.train()
+        assert caches
+        # The traceback holds the frames of the rollout, in a notebook until the next error
+        assert live_caches()
+        assert all(cache.layers == [] for cache in live_caches())
+        caches.clear()
+        del interruption
+        assert live_caches() == []
+
+
 class TestBadInput:
     def test_environment_that_cannot_be_reset(self, tmp_path, tokenizer):
         class Picky(Corridor):
@@ -573,6 +631,33 @@ class TestWithTrl:
         trainer.train()
         assert trainer.model.training
         assert all(entry["episode/turns"] > 1 for entry in logs(trainer))
+        assert all(entry["episode/stop/failure"] == 0 for entry in logs(trainer))
+
+    @pytest.mark.parametrize(("original_length", "sampler"), [(32, RequestTurnSampler), (512, CachedTurnSampler)])
+    def test_rotations_that_change_with_the_context(self, tmp_path, tokenizer, original_length, sampler):
+        config = Phi3Config(
+            vocab_size=400,
+            hidden_size=32,
+            intermediate_size=64,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            max_position_embeddings=512,
+            original_max_position_embeddings=original_length,
+            rope_parameters={"rope_type": "longrope", "short_factor": [1.0] * 4, "long_factor": [4.0] * 4},
+            bos_token_id=None,
+            eos_token_id=2,
+            pad_token_id=0,
+        )
+        trainer = EPOTrainer(
+            Phi3ForCausalLM(config),
+            args=EPOConfig(str(tmp_path), **BASE),
+            train_dataset=ROWS,
+            processing_class=tokenizer,
+            environment_factory=Corridor,
+        )
+        with trainer.turn_sampler() as used:
+            assert type(used) is sampler
+        trainer.train()
         assert all(entry["episode/stop/failure"] == 0 for entry in logs(trainer))
 
     def test_a_second_training_begins_a_new_history(self, tmp_path, tokenizer):

@@ -6,8 +6,9 @@ Every private name of TRL that this package relies on, and nothing else; those o
 `SIGNATURES` is checked against the installed TRL by `tests/test_trl_seams.py`.
 """
 
+import math
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, closing, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -161,16 +162,18 @@ def _escaped_samples() -> AbstractContextManager[None]:
 class SeamedGRPOTrainer(FaultTolerantGRPOTrainer):
     """`GRPOTrainer` with its private seams under names of our own."""
 
+    # Of the class, so that TRL's methods also work on a trainer that was made without `__init__`, as TRL's tests do.
+    _captured_entropies: list[Tensor] | None = None
+    _loss_inputs: dict[str, Any] | None = None  # what TRL's loss reads, while it is being computed
+    _plays_episodes = False
+    _played_batch: dict[str, list] | None = None
+    # The reward of each episode of the generation batch, over all processes; NaN for those that failed.
+    episode_rewards: Tensor | None = None
+    # Which completion tokens carry loss, (B, T), while they are being scored; None: all of them.
+    _loss_mask: Tensor | None = None
+    loss_context_ids: Tensor | None = None  # the context of each of them, (B, T); None: all are in one
+
     def __init__(self, *args, **kwargs):
-        self._captured_entropies: list[Tensor] | None = None
-        self._loss_inputs: dict[str, Any] | None = None  # what TRL's loss reads, while it is being computed
-        self._plays_episodes = False
-        self._played_batch: dict[str, list] | None = None
-        # The reward of each episode of the generation batch, over all processes; NaN for those that failed.
-        self.episode_rewards: Tensor | None = None
-        # Which completion tokens carry loss, (B, T), while they are being scored; None: all of them.
-        self._loss_mask: Tensor | None = None
-        self.loss_context_ids: Tensor | None = None  # the context of each of them, (B, T); None: all are in one
         super().__init__(*args, **kwargs)
         if self.args.use_cpu and self.accelerator.num_processes > 1:
             set_timeout(self.args.ddp_timeout_delta)  # which transformers passes on for other devices only
@@ -216,7 +219,7 @@ class SeamedGRPOTrainer(FaultTolerantGRPOTrainer):
     def use_played_episodes(self) -> None:
         """Take completions from [`set_played_batch`] from now on, instead of generating them."""
         if not self.use_vllm:
-            slow = self.use_transformers_continuous_batching or unfit_for_cached_sampler(self._causal_lm(self.model))
+            slow = self.use_transformers_continuous_batching or self._unfit_for_cached_sampler
             check_rollouts(self.accelerator, calls_whole_model=bool(slow))
         self._plays_episodes = True
         self.mask_truncated_completions = False  # TRL's looks at the last token; an episode knows why it ended
@@ -235,6 +238,15 @@ class SeamedGRPOTrainer(FaultTolerantGRPOTrainer):
         if self.vllm_mode == "colocate" and self.args.vllm_tensor_parallel_size == 1:
             # TRL starts the engine with a seed of its own, which also seeds this process.
             set_seed(self.args.seed, device_specific=True)
+
+    @property
+    def model_context_length(self) -> int | None:
+        """The longest context, in tokens, that the model takes; `None` if it has no bound. No episode has a longer one."""
+        return getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
+
+    @property
+    def _unfit_for_cached_sampler(self) -> str | None:
+        return unfit_for_cached_sampler(self._causal_lm(self.model), self.model_context_length or math.inf)
 
     @property
     def vllm_context_length(self) -> int | None:
@@ -341,7 +353,7 @@ class SeamedGRPOTrainer(FaultTolerantGRPOTrainer):
         """A sampler over the current weights; the model is in evaluation mode meanwhile."""
         was_training = self.model.training
         by_request = self.use_vllm or self.use_transformers_continuous_batching
-        unfit = None if by_request else unfit_for_cached_sampler(self._causal_lm(self.model))
+        unfit = None if by_request else self._unfit_for_cached_sampler
         if by_request or unfit:
             if unfit:
                 logger.warning_once(f"Each turn of a text episode reads its whole transcript again: {unfit}.")
@@ -370,13 +382,15 @@ class SeamedGRPOTrainer(FaultTolerantGRPOTrainer):
             model.eval()
             settings = {name: getattr(self, name) for name in SAMPLING_SETTINGS} | (self.args.generation_kwargs or {})
             try:
-                yield CachedTurnSampler(
+                sampler = CachedTurnSampler(
                     model,
                     eos_token_ids=self.eos_token_ids,
                     pad_token_id=self._tokenizer.pad_token_id,
                     temperature=settings["temperature"],
                     processors=make_logits_processors(self.accelerator.device, **settings),
                 )
+                with closing(sampler):
+                    yield sampler
             finally:
                 model.train(was_training)
 

@@ -36,6 +36,8 @@ class Turn:
         reward (`float`): The environment's reward for the action.
         starts_context (`bool`): Whether the model saw none of the episode's earlier tokens, but a prompt of this
             turn's own.
+        cut_thought (`bool`): Whether the text ends within a thought (`<think>`), which `max_turn_length` has cut or the
+            model did not close.
     """
 
     observation_ids: tuple[int, ...]
@@ -47,6 +49,7 @@ class Turn:
     observation: str
     reward: float
     starts_context: bool = False
+    cut_thought: bool = False
 
 
 @dataclass(frozen=True)
@@ -108,6 +111,11 @@ class Episode:
     def num_invalid_actions(self) -> int:
         """Number of turns whose action was invalid."""
         return sum(turn.invalid for turn in self.turns)
+
+    @property
+    def num_cut_thoughts(self) -> int:
+        """Number of turns that end within a thought."""
+        return sum(turn.cut_thought for turn in self.turns)
 
     @property
     def observations(self) -> list[str]:

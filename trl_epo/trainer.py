@@ -227,7 +227,7 @@ class EPOTrainer(SeamedGRPOTrainer):
             )
         self.use_played_episodes()
         self._chat = ChatEncoder(self._tokenizer, self.eos_token_ids, self.chat_template, self.chat_template_kwargs)
-        context_length = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
+        context_length = self.model_context_length
         if self.args.use_vllm:
             self.prepare_vllm()
             bounds = (context_length, self.args.vllm_max_model_length, self.vllm_context_length)
