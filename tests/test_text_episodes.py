@@ -413,12 +413,18 @@ def without_collector():
     """CUDA's allocator does not ask for a collection when memory is out, so that caches must go without one."""
     gc.collect()
     gc.disable()
+    EARLIER_CACHES[:] = live_caches()
     yield
+    EARLIER_CACHES.clear()
     gc.enable()
 
 
+EARLIER_CACHES = []  # empty ones, which the tracebacks of earlier tests' failures keep
+
+
 def live_caches():
-    return [thing for thing in gc.get_objects() if type(thing) is EpisodeCache]
+    caches = [thing for thing in gc.get_objects() if type(thing) is EpisodeCache]
+    return [cache for cache in caches if not any(cache is earlier for earlier in EARLIER_CACHES)]
 
 
 class Counting(EPOTrainer):
