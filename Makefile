@@ -1,7 +1,7 @@
 # make demo    train an agent with EPO on the embedded game and show what it learned (runs/quickstart/)
 # make test    the test suite
 # make check   ruff, and that imports only go down
-# Each makes its own virtual environment in .venv first. PYTHON=python3.12 chooses another Python (3.10 or newer).
+# Each makes its own virtual environment in .venv first. PYTHON=python3.12 chooses another Python (3.11 or newer).
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin

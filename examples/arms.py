@@ -132,7 +132,7 @@ def run_arm(script: ArmsArguments, settings: dict, arm: str, context: str, seed:
         eval_dataset={split: household.tasks(split, script.panel_size, **knobs, seed=3) for split in ("iid", "ood")},
         processing_class=AutoTokenizer.from_pretrained(folder),
         environment_factory=make_household,
-        prompt_builder=window_prompt,
+        prompt_builder=window_prompt if context == "window" else None,
     )
 
     def play_panels() -> dict[str, float]:

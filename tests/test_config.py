@@ -21,6 +21,16 @@ def test_defaults_are_the_papers(tmp_path):
     assert (args.max_turns, args.invalid_action_penalty) == (30, 0.0)
 
 
+@pytest.mark.parametrize(
+    ("estimator", "gamma", "expected"),
+    [("gigpo", None, 0.95), ("gigpo", 1.0, 1.0), ("turn", None, 1.0), ("gae", None, 1.0), ("gae", 0.9, 0.9)],
+)
+def test_the_discount_is_that_of_the_estimators_paper(tmp_path, estimator, gamma, expected):
+    assert config(tmp_path, advantage_estimator=estimator, gamma=gamma).gamma == expected
+    given = {} if gamma is None else {"gamma": gamma}
+    assert config(tmp_path, advantage_estimator=estimator, **given).gamma == expected
+
+
 def test_works_without_an_accelerator():
     import torch
 

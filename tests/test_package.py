@@ -1,7 +1,15 @@
-"""What importing does not do."""
+"""What the package needs, and what importing it does not do."""
 
+import re
 import subprocess
 import sys
+from importlib.metadata import metadata
+from pathlib import Path
+
+import torch
+from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
+from packaging.version import Version
 
 
 CODE = """
@@ -43,3 +51,23 @@ def test_import_needs_no_optional_package(tmp_path):
         "print('fine')",
         tmp_path,
     )
+
+
+ROOT = Path(__file__).parents[1]
+SETUP = (ROOT / "setup.py").read_text()
+
+
+def test_every_file_names_the_oldest_python_that_trl_runs_on():
+    oldest = re.search(r">=(3\.\d+)", metadata("trl")["Requires-Python"])[1]
+    assert f'python_requires=">={oldest}"' in SETUP
+    assert re.findall(r"Python :: (3\.\d+)", SETUP) == [oldest]
+    assert f"Python ≥ {oldest}" in (ROOT / "README.md").read_text()
+    assert f"({oldest} or newer)" in (ROOT / "Makefile").read_text()
+    assert f'target-version = "py{oldest.replace(".", "")}"' in (ROOT / "pyproject.toml").read_text()
+
+
+def test_the_oldest_torch_is_the_one_that_the_tests_run_on():
+    [required] = [Requirement(text) for text in re.findall(r'"(torch[^"\w]+[^"]*)"', SETUP)]
+    [installed] = re.findall(r"torch==([\d.]+)", (ROOT / "Makefile").read_text())
+    assert required.specifier == SpecifierSet(f">={'.'.join(installed.split('.')[:2])}")
+    assert required.specifier.contains(Version(torch.__version__).base_version)

@@ -1,5 +1,6 @@
 """`EPOTrainer` with text environments: real environments, a real model, the real trainer."""
 
+import gc
 from collections import Counter
 from itertools import count
 
@@ -10,9 +11,13 @@ from conftest import CHATML, PATIENT_RUN, Corridor, make_model
 from datasets import Dataset, IterableDataset
 from peft import LoraConfig, PromptTuningConfig
 from torch.profiler import profile
-from transformers import BloomConfig, BloomForCausalLM
+from transformers import BloomConfig, BloomForCausalLM, Phi3Config, Phi3ForCausalLM
 
 from trl_epo import EPOConfig, EPOTrainer
+from trl_epo.rollouts.episode import StopReason
+from trl_epo.sampling.cached import CachedTurnSampler
+from trl_epo.sampling.kv_cache import EpisodeCache
+from trl_epo.sampling.requests import RequestTurnSampler
 
 
 BASE = {
@@ -28,9 +33,9 @@ BASE = {
 ROWS = Dataset.from_dict({"length": [2, 3, 4, 5]})
 
 
-def make_trainer(tmp_path, tokenizer, factory=Corridor, dataset=ROWS, trainer_kwargs=None, **kwargs):
+def make_trainer(tmp_path, tokenizer, factory=Corridor, dataset=ROWS, trainer_kwargs=None, model=None, **kwargs):
     return EPOTrainer(
-        make_model(),
+        model or make_model(),
         args=EPOConfig(str(tmp_path), **{**BASE, **kwargs}),
         train_dataset=dataset,
         processing_class=tokenizer,
@@ -117,6 +122,45 @@ class TestTraining:
             for ids, m, c in zip(inputs["completion_ids"], mask, inputs["completion_mask"], strict=True)
         ]
         assert any("You are at" in tokenizer.decode(ids) for ids in observed)
+
+    @pytest.mark.parametrize("estimator", ["grpo", "turn", "gae"])
+    def test_what_a_limit_cut_off_is_masked_if_asked_for(self, tmp_path, tokenizer, estimator):
+        """Whatever token an episode ends with."""
+
+        class Turns(Corridor):
+            """Ends as told: after 1 turn by itself, after 2 by its own limit, or not at all."""
+
+            def step(self, action):
+                self.num_steps += 1
+                return "ok", float("r" in action), self.door == 1, self.door == 2 == self.num_steps, {}
+
+        kwargs = {"mask_truncated_completions": True, "advantage_estimator": estimator, "max_steps": 1}
+        kwargs |= {"num_generations": 2, "max_turn_length": 2}
+        rows = Dataset.from_dict({"length": [1, 2, 3, 1]})
+        trainer = make_trainer(tmp_path, tokenizer, Turns, rows, **kwargs)
+        batches, extend = [], trainer.extend_batch
+        trainer.extend_batch = lambda batch: batches.append(extend(batch)) or batches[-1]
+        before = weights(trainer)
+        trainer.train()
+        [batch] = batches
+        trained = (batch["completion_mask"] * batch["tool_mask"]).bool()
+        assert batch["num_items_in_batch"] == trained.sum()
+        assert torch.equal(trained, batch["turn_ids"] >= 0)
+        ends = Counter()
+        for mask, episode in zip(trained.any(dim=1).tolist(), trainer._batch.episodes, strict=True):
+            assert mask == (episode.stop_reason is StopReason.TERMINATED), episode.stop_reason
+            ends[episode.stop_reason, episode.turns[-1].action_ids[-1] == tokenizer.eos_token_id] += 1
+        assert ends[StopReason.TERMINATED, False] and ends[StopReason.TRUNCATED, False]
+        assert {reason for reason, _ in ends} >= {StopReason.TERMINATED, StopReason.TRUNCATED, StopReason.MAX_TURNS}
+        assert not torch.equal(weights(trainer), before)
+
+    @pytest.mark.parametrize("estimator", ["grpo", "gae"])
+    def test_a_batch_of_masked_episodes_alone(self, tmp_path, tokenizer, estimator):
+        kwargs = {"mask_truncated_completions": True, "advantage_estimator": estimator, "max_turns": 2}
+        trainer = make_trainer(tmp_path, tokenizer, dataset=Dataset.from_dict({"length": [900] * 4}), **kwargs)
+        before = weights(trainer)
+        trainer.train()
+        assert torch.equal(weights(trainer), before)
 
     def test_kept_logprobs_are_the_training_forwards(self, tmp_path, tokenizer):
         trainer = make_trainer(tmp_path, tokenizer, temperature=0.7)
@@ -365,6 +409,67 @@ class TestFaults:
         assert trainer.entropy_history.means == []
 
 
+@pytest.fixture
+def without_collector():
+    """CUDA's allocator does not ask for a collection when memory is out, so that caches must go without one."""
+    gc.collect()
+    gc.disable()
+    EARLIER_CACHES[:] = live_caches()
+    yield
+    EARLIER_CACHES.clear()
+    gc.enable()
+
+
+EARLIER_CACHES = []  # empty ones, which the tracebacks of earlier tests' failures keep
+
+
+def live_caches():
+    caches = [thing for thing in gc.get_objects() if type(thing) is EpisodeCache]
+    return [cache for cache in caches if not any(cache is earlier for earlier in EARLIER_CACHES)]
+
+
+class Counting(EPOTrainer):
+    """Counts the key/value caches in memory whenever a loss is computed."""
+
+    def compute_loss(self, *args, **kwargs):
+        self.counts = [*getattr(self, "counts", []), len(live_caches())]
+        return super().compute_loss(*args, **kwargs)
+
+
+class TestCachesOfRollouts:
+    @pytest.mark.parametrize("turns", [1, 6])  # 1: all rows end together
+    def test_none_is_left_when_losses_are_computed(self, tmp_path, tokenizer, without_collector, turns):
+        trainer = Counting(
+            make_model(),
+            args=EPOConfig(str(tmp_path), **{**BASE, "max_steps": 6}),
+            train_dataset=ROWS,
+            processing_class=tokenizer,
+            environment_factory=lambda: Corridor(turns=turns),
+        )
+        trainer.train()
+        assert trainer.counts == [0] * 6
+
+    def test_an_error_in_the_middle_of_a_rollout_holds_no_memory(self, tmp_path, tokenizer, without_collector):
+        trainer = make_trainer(tmp_path, tokenizer)
+        caches = []
+
+        def interrupt(*args):
+            caches.extend(live_caches())
+            if caches and caches[0].layers[0].is_initialized:
+                raise KeyboardInterrupt
+
+        trainer.model.model.layers[1].register_forward_pre_hook(interrupt)
+        with pytest.raises(KeyboardInterrupt) as interruption:
+            trainer.train()
+        assert caches
+        # The traceback holds the frames of the rollout, in a notebook until the next error
+        assert live_caches()
+        assert all(cache.layers == [] for cache in live_caches())
+        caches.clear()
+        del interruption
+        assert live_caches() == []
+
+
 class TestBadInput:
     def test_environment_that_cannot_be_reset(self, tmp_path, tokenizer):
         class Picky(Corridor):
@@ -448,6 +553,20 @@ class TestWithTrl:
         assert make_trainer(tmp_path, tokenizer).max_completion_length == 1024
         assert make_trainer(tmp_path, tokenizer, max_completion_length=33).max_completion_length == 33
 
+    def test_a_budget_for_fewer_turns_than_allowed_is_told(self, tmp_path, tokenizer, caplog):
+        """As in a script for GRPO, where it is the length of a completion."""
+        for enough in ({"max_completion_length": 20}, {}, {"max_completion_length": 12, "context": "window"}):
+            make_trainer(tmp_path, tokenizer, **enough)
+        assert "max_completion_length" not in caplog.text
+        make_trainer(tmp_path, tokenizer, max_completion_length=12)
+        assert "`max_completion_length` is 12 tokens for a whole text episode" in caplog.text
+        assert "2 turns of `max_turn_length` (5), but `max_turns` is 4" in caplog.text
+
+    @pytest.mark.parametrize("seed", ["3", 1.5, -1, True])
+    def test_a_seed_that_is_none(self, tmp_path, tokenizer, seed):
+        with pytest.raises(ValueError, match=f"`seed` of the dataset's first row is {seed!r}.*whole number"):
+            make_trainer(tmp_path, tokenizer, dataset=Dataset.from_dict({"seed": [seed] * 4}))
+
     def test_bf16_autocast_samples_what_it_trains(self, tmp_path, tokenizer):
         trainer = make_trainer(tmp_path, tokenizer, bf16=True)
         trainer.model.train()
@@ -519,6 +638,33 @@ class TestWithTrl:
         trainer.train()
         assert trainer.model.training
         assert all(entry["episode/turns"] > 1 for entry in logs(trainer))
+        assert all(entry["episode/stop/failure"] == 0 for entry in logs(trainer))
+
+    @pytest.mark.parametrize(("original_length", "sampler"), [(32, RequestTurnSampler), (512, CachedTurnSampler)])
+    def test_rotations_that_change_with_the_context(self, tmp_path, tokenizer, original_length, sampler):
+        config = Phi3Config(
+            vocab_size=400,
+            hidden_size=32,
+            intermediate_size=64,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            max_position_embeddings=512,
+            original_max_position_embeddings=original_length,
+            rope_parameters={"rope_type": "longrope", "short_factor": [1.0] * 4, "long_factor": [4.0] * 4},
+            bos_token_id=None,
+            eos_token_id=2,
+            pad_token_id=0,
+        )
+        trainer = EPOTrainer(
+            Phi3ForCausalLM(config),
+            args=EPOConfig(str(tmp_path), **BASE),
+            train_dataset=ROWS,
+            processing_class=tokenizer,
+            environment_factory=Corridor,
+        )
+        with trainer.turn_sampler() as used:
+            assert type(used) is sampler
+        trainer.train()
         assert all(entry["episode/stop/failure"] == 0 for entry in logs(trainer))
 
     def test_a_second_training_begins_a_new_history(self, tmp_path, tokenizer):

@@ -10,6 +10,7 @@ With several processes: `accelerate launch -m trl_epo train …`.
 
 import inspect
 import json
+import logging
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -20,9 +21,10 @@ from typing import Any, NamedTuple
 
 import gymnasium
 from datasets import Dataset
-from peft import AutoPeftModelForCausalLM
+from peft import AutoPeftModelForCausalLM, LoraConfig, PeftConfig
 from peft.utils import CONFIG_NAME as ADAPTER_CONFIG
 from transformers import AutoConfig
+from transformers.utils import is_bitsandbytes_available
 from trl import ModelConfig, TrlParser, get_peft_config, get_quantization_config
 
 from .config import EPOConfig
@@ -30,6 +32,9 @@ from .reports import failed_share
 from .rollouts import FAILURES_FILE
 from .runs import last_whole_checkpoint
 from .trainer import EPOTrainer
+
+
+logger = logging.getLogger(__name__)
 
 
 class UsageError(ValueError):
@@ -48,6 +53,19 @@ ENVIRONMENTS = {
     "household": BuiltIn("trl_epo.envs.household:Household", "trl_epo.envs.household:tasks"),
     "scienceworld": BuiltIn("trl_epo.envs.scienceworld:ScienceWorld", "trl_epo.envs.scienceworld:tasks"),
     "alfworld": BuiltIn("trl_epo.envs.alfworld:AlfWorld", "trl_epo.envs.alfworld:tasks"),
+}
+
+
+# Flags of a new adapter and what they are in its configuration
+LORA_FLAGS = {
+    "lora_r": "r",
+    "lora_alpha": "lora_alpha",
+    "lora_dropout": "lora_dropout",
+    "lora_target_modules": "target_modules",
+    "lora_target_parameters": "target_parameters",
+    "lora_modules_to_save": "modules_to_save",
+    "use_rslora": "use_rslora",
+    "use_dora": "use_dora",
 }
 
 
@@ -125,6 +143,12 @@ class ScriptArguments:
         built_in = ENVIRONMENTS.get(self.environment)
         if self.tasks is None and built_in is not None:
             self.tasks = built_in.tasks
+        for name in ("train_size", "eval_size", "tasks_kwargs"):
+            if self.tasks is None and getattr(self, name):
+                raise ValueError(
+                    f"`{name}` is {getattr(self, name)}, but `tasks` is not set, so that there are no rows. Give a "
+                    "'module:function' that returns the dataset of a split, or leave it out."
+                )
 
     def environment_factory(self) -> Callable:
         """What makes an environment; raises a `UsageError` if it makes none, or none that talks in text."""
@@ -212,21 +236,31 @@ def parse(command: str, arguments: Sequence[str]) -> tuple[ScriptArguments, EPOC
 def make_trainer(
     script: ScriptArguments, args: EPOConfig, model_args: ModelConfig, train_dataset: Dataset | None, **kwargs
 ) -> EPOTrainer:
-    """The trainer; a folder with an adapter is loaded as its model with that adapter."""
+    """The trainer; a folder with an adapter is loaded as its model, quantized if asked for, with that adapter."""
+    quantization = get_quantization_config(model_args)
+    if quantization is not None and not is_bitsandbytes_available():
+        name = "load_in_4bit" if model_args.load_in_4bit else "load_in_8bit"
+        raise UsageError(f"`{name}` needs bitsandbytes: `pip install bitsandbytes`, or leave it out.")
     args.model_init_kwargs = {
         "revision": model_args.model_revision,
         "attn_implementation": model_args.attn_implementation,
         "dtype": model_args.dtype,
+        "trust_remote_code": args.trust_remote_code,
         **(args.model_init_kwargs or {}),
     }
     model = model_args.model_name_or_path
     if Path(model, ADAPTER_CONFIG).exists():
-        model = AutoPeftModelForCausalLM.from_pretrained(model, is_trainable=True, **args.model_init_kwargs)
-        args.model_init_kwargs = None
-        kwargs["peft_config"] = None
+        model = AutoPeftModelForCausalLM.from_pretrained(
+            model, is_trainable=True, quantization_config=quantization, **args.model_init_kwargs
+        )
+        args.model_init_kwargs = quantization = None
+        if wanted := kwargs.pop("peft_config", None):
+            _tell_of_other_adapter(model_args.model_name_or_path, model.peft_config["default"], wanted)
     else:
         try:
-            AutoConfig.from_pretrained(model, revision=model_args.model_revision)
+            AutoConfig.from_pretrained(
+                model, revision=model_args.model_revision, trust_remote_code=args.trust_remote_code
+            )
         except (OSError, ValueError) as error:
             raise UsageError(
                 f"`model_name_or_path` is {model!r}, but there is no model in such a folder, and none of that name could "
@@ -236,10 +270,27 @@ def make_trainer(
         model,
         args=args,
         train_dataset=train_dataset,
-        quantization_config=get_quantization_config(model_args) if isinstance(model, str) else None,
+        quantization_config=quantization,
         environment_factory=script.environment_factory(),
         **kwargs,
     )
+
+
+def _tell_of_other_adapter(folder: str, has: PeftConfig, wanted: LoraConfig) -> None:
+    """Log which LoRA settings have no effect on an adapter that is there already."""
+    differences = []
+    for flag, name in LORA_FLAGS.items():
+        found, asked = (getattr(config, name, None) for config in (has, wanted))
+        found, asked = (sorted(value) if isinstance(value, set | list) else value for value in (found, asked))
+        chosen_by_peft = isinstance(asked, str | None)  # "all-linear", a pattern, or what fits the architecture
+        if found != asked and not chosen_by_peft:
+            differences.append(f"`{flag}` is {found}, not {asked}")
+    if differences:
+        logger.warning(
+            "%s holds an adapter, which stays as it is: %s. Give a model without one to begin another adapter.",
+            folder,
+            ", ".join(differences),
+        )
 
 
 def train(script: ScriptArguments, args: EPOConfig, model_args: ModelConfig) -> None:
@@ -253,8 +304,11 @@ def train(script: ScriptArguments, args: EPOConfig, model_args: ModelConfig) -> 
         peft_config=get_peft_config(model_args),
     )
     checkpoint = args.resume_from_checkpoint
-    if checkpoint is None and script.resume and os.path.isdir(args.output_dir):
-        checkpoint = last_whole_checkpoint(args.output_dir)
+    if checkpoint is None and script.resume:
+        checkpoint = last_whole_checkpoint(args.output_dir)  # which all processes look for together
+        if trainer.is_world_process_zero():
+            nothing = f"there is no whole checkpoint in {args.output_dir}, training begins anew"
+            logger.warning("--resume: %s.", nothing if checkpoint is None else f"training goes on from {checkpoint}")
     trainer.train(resume_from_checkpoint=checkpoint)
     trainer.save_model()
     trainer.save_state()
@@ -271,7 +325,7 @@ def evaluate(script: ScriptArguments, args: EPOConfig, model_args: ModelConfig) 
     """
     path = _writable(Path(script.results or Path(args.output_dir, "evaluation.json")))
     panels = script.panels()
-    args.beta, args.advantage_estimator = 0.0, "grpo"  # neither a reference model nor a critic
+    args.beta, args.sync_ref_model, args.advantage_estimator = 0.0, False, "grpo"  # no reference model and no critic
     trainer = make_trainer(script, args, model_args, train_dataset=next(iter(panels.values())), eval_dataset=panels)
     metrics = trainer.evaluate()
     if trainer.is_world_process_zero():

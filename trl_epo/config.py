@@ -19,6 +19,7 @@ REFERENCES = ("history", "turn_history", "linear")
 CONTEXTS = ("transcript", "window")
 OVERFLOWS = ("stop", "window")
 ESTIMATORS = ("grpo", "gae", "gigpo", "turn")
+GIGPO_GAMMA = 0.95  # Feng et al. 2025, arXiv 2505.10978
 GROUP_FILTERS = ("mask", "resample")
 METRIC_SCHEDULES = ("reduce_lr_on_plateau", "greedy")
 
@@ -28,7 +29,7 @@ class EPOConfig(GRPOConfig):
     r"""
     Configuration class for [`EPOTrainer`].
 
-    Only the parameters that are new, or whose default differs, are listed here; everything else is inherited from
+    Only the parameters that are new, or that differ, are listed here; everything else is inherited from
     [`~trl.GRPOConfig`]. Symbols and equations are those of the paper (arXiv 2509.22576). On a machine without an
     accelerator `use_cpu` is set, so that the defaults work there too.
 
@@ -88,6 +89,17 @@ class EPOConfig(GRPOConfig):
             Longest episode after its first prompt, in tokens, observations included; with `context="window"` the longest
             context. `None`: the rest of the model's context length for text episodes, and TRL's 512 without a text
             environment.
+        reward_weights (`list[float]`, *optional*):
+            With text episodes: the weight of each of the `reward_funcs` and, last, of the episode's return (less
+            penalties); one number fewer leaves the return its weight of 1. `None`: all weigh 1.
+        vllm_importance_sampling_mode (`str`, *optional*):
+            How TRL corrects for tokens that vLLM sampled with other probabilities than training computes. `None`:
+            `"token_truncate"` for text episodes, each token's ratio by itself, and TRL's `"sequence_mask"` without a text
+            environment: the ratio of a whole episode, a product over thousands of tokens, is hardly ever within bounds.
+        mask_truncated_completions (`bool`, *optional*, defaults to `False`):
+            Leave text episodes that a limit cut off (stop reasons `truncated`, `max_turns` and `token_budget`) out of
+            the loss and the entropy term; they stay in their group's baseline. An action that was cut at
+            `max_turn_length` does not matter. (TRL looks at the last token, which is the last action's.)
         max_concurrent_episodes (`int`, *optional*):
             Text episodes that a process plays at once; the others of a generation batch follow as these end. Bounds
             the number of environments and the key/value cache, which holds this many episodes of the longest length
@@ -135,16 +147,18 @@ class EPOConfig(GRPOConfig):
             group, as TRL computes it. `"gae"`: PPO, with a critic. `"gigpo"`: the former plus each turn's discounted
             return relative to the other turns of the group in which the same was observed. `"turn"`: each turn's
             discounted return relative to all turns of its group, for environments that reward single turns.
-        gamma (`float`, *optional*, defaults to `1.0`):
-            γ, the discount: a turn for `"gigpo"` and `"turn"`, an action token for `"gae"`. (The paper: 1.)
+        gamma (`float`, *optional*):
+            γ, the discount: a turn for `"gigpo"` and `"turn"`, an action token for `"gae"`. `None`: the one of the
+            estimator's paper, 0.95 for `"gigpo"` (with 1 and one reward at the end all turns of an episode would have the
+            same return), else 1.0 (EPO's).
         gae_lambda (`float`, *optional*, defaults to `1.0`):
             λ of generalised advantage estimation, an action token.
         gigpo_step_coef (`float`, *optional*, defaults to `1.0`):
             ω, the weight of GiGPO's turn-level advantage.
         critic_model (`str`, *optional*):
             The critic of `"gae"`: a model on disk or the Hub that has the policy's tokenizer. `None`: the policy's weights
-            at the start; for a policy with adapters, with adapters of the same kind. A model without a value head gets one
-            that says 0.
+            at the start; for a policy with adapters, with adapters of the same kind. A quantized policy needs one. A model
+            without a value head gets one that says 0.
         critic_learning_rate (`float`, *optional*, defaults to `1e-5`):
             Learning rate of the critic; follows the policy's schedule. Its weights do not decay.
         critic_warmup_steps (`int`, *optional*, defaults to `0`):
@@ -259,6 +273,13 @@ class EPOConfig(GRPOConfig):
             "model's context window for text episodes, 512 without a text environment."
         },
     )
+    vllm_importance_sampling_mode: str | None = field(
+        default=None,
+        metadata={
+            "help": "How ratios of vLLM's and the trainer's probabilities are taken and bounded: 'token_truncate', "
+            "'token_mask', 'sequence_truncate' or 'sequence_mask'. None: 'token_truncate' for text episodes, else TRL's."
+        },
+    )
     max_concurrent_episodes: int | None = field(
         default=None,
         metadata={"help": "Text episodes that a process plays at once. None: the whole generation batch."},
@@ -330,8 +351,11 @@ class EPOConfig(GRPOConfig):
             "choices": ESTIMATORS,
         },
     )
-    gamma: float = field(
-        default=1.0, metadata={"help": "γ, the discount a turn ('gigpo', 'turn') or an action token ('gae')."}
+    gamma: float | None = field(
+        default=None,
+        metadata={
+            "help": "γ, the discount a turn ('gigpo', 'turn') or an action token ('gae'). None: 0.95 for 'gigpo', else 1.0."
+        },
     )
     gae_lambda: float = field(default=1.0, metadata={"help": "λ of generalised advantage estimation."})
     gigpo_step_coef: float = field(default=1.0, metadata={"help": "ω, the weight of GiGPO's turn-level advantage."})
@@ -506,6 +530,8 @@ class EPOConfig(GRPOConfig):
 
     def _check_credit(self):
         _check_choice("advantage_estimator", self.advantage_estimator, ESTIMATORS)
+        if self.gamma is None:
+            self.gamma = GIGPO_GAMMA if self.advantage_estimator == "gigpo" else 1.0
         if self.filter_zero_variance_groups is not None:
             _check_choice("filter_zero_variance_groups", self.filter_zero_variance_groups, GROUP_FILTERS)
         for name in ("gamma", "gae_lambda"):

@@ -8,7 +8,9 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
+from trl import GRPOConfig
 from trl.trainer.utils import get_config_model_id
 
 from .batches import action_mask
@@ -29,11 +31,12 @@ from .rollouts import (
     check_other_arguments,
     check_text_episode_arguments,
     episode_return,
+    episode_reward_weights,
     make_environment_pool,
     placeholder_dataset,
 )
 from .runs import own_randomness
-from .seams import SeamedGRPOTrainer
+from .seams import SeamedGRPOTrainer, replaced
 
 
 logger = logging.getLogger(__name__)
@@ -43,6 +46,8 @@ HISTORY_FILE = "entropy_history.json"
 # of the policy's.
 CRITIC_FOLDER = "critic"
 DEFAULT_COMPLETION_LENGTH = 512  # TRL's default, in tokens
+DEFAULT_SAMPLING_MODE = GRPOConfig.vllm_importance_sampling_mode
+EPISODE_SAMPLING_MODE = "token_truncate"
 
 
 class EPOTrainer(SeamedGRPOTrainer):
@@ -70,8 +75,8 @@ class EPOTrainer(SeamedGRPOTrainer):
     Args:
         model, reward_funcs, args, train_dataset, eval_dataset, …:
             As for [`~trl.GRPOTrainer`], with an [`EPOConfig`]. For text episodes the episode's return is a reward of
-            its own, besides `reward_funcs` (weight 1), which are then optional and get the keyword argument
-            `episodes` (`list` of [`~trl_epo.rollouts.episode.Episode`]). Every column of the dataset but `prompt`, `seed` and
+            its own, besides `reward_funcs`, which are then optional and get the keyword argument `episodes`
+            (`list` of [`~trl_epo.Episode`]); `EPOConfig.reward_weights` weights them. Every column of the dataset but `prompt`, `seed` and
             `environment` goes to the environment as `reset(options=…)`; `seed` is the reset seed, if there is
             such a column; `prompt`, if any, comes before the first observation.
         environment_factory (`Callable` or `dict[str, Callable]`, *optional*):
@@ -127,40 +132,51 @@ class EPOTrainer(SeamedGRPOTrainer):
         environments = make_environment_pool(environment_factory, args.env_timeout)
         if environments is not None:
             weakref.finalize(self, environments.close)  # also if what follows raises
-            check_text_episode_arguments(args, tools, rollout_func)
+            check_text_episode_arguments(args, tools, rollout_func, prompt_builder)
             if train_dataset is None:
                 train_dataset = placeholder_dataset(args, environments)
             first_row = check_first_row(environments, train_dataset, args.max_observation_length)
         else:
-            check_other_arguments(args)
+            check_other_arguments(args, prompt_builder)
             if args.max_completion_length is None:
                 args.max_completion_length = DEFAULT_COMPLETION_LENGTH
         own_reward = environments is not None and not reward_funcs
+        reward_weights = args.reward_weights
+        if environments is not None:
+            num_reward_funcs = len(reward_funcs or []) if isinstance(reward_funcs, list | None) else 1
+            reward_weights = episode_reward_weights(reward_weights, num_reward_funcs)
         if own_reward:
             reward_funcs = [episode_return]
+        if args.vllm_importance_sampling_mode is None:
+            args.vllm_importance_sampling_mode = (
+                DEFAULT_SAMPLING_MODE if environments is None else EPISODE_SAMPLING_MODE
+            )
 
-        super().__init__(
-            model=model,
-            reward_funcs=list(reward_funcs) if isinstance(reward_funcs, list) else reward_funcs,
-            args=args,
-            train_dataset=train_dataset,
-            eval_dataset=eval_dataset,
-            processing_class=processing_class,
-            reward_processing_classes=reward_processing_classes,
-            callbacks=callbacks,
-            optimizers=optimizers,
-            quantization_config=quantization_config,
-            peft_config=peft_config,
-            tools=tools,
-            rollout_func=rollout_func,
-            environment_factory=None if environments is not None else environment_factory,
-        )
+        # Of text episodes TRL learns the weights below, with the return's
+        with replaced(args, "reward_weights", reward_weights if environments is None else None):
+            super().__init__(
+                model=model,
+                reward_funcs=list(reward_funcs) if isinstance(reward_funcs, list) else reward_funcs,
+                args=args,
+                train_dataset=train_dataset,
+                eval_dataset=eval_dataset,
+                processing_class=processing_class,
+                reward_processing_classes=reward_processing_classes,
+                callbacks=callbacks,
+                optimizers=optimizers,
+                quantization_config=quantization_config,
+                peft_config=peft_config,
+                tools=tools,
+                rollout_func=rollout_func,
+                environment_factory=None if environments is not None else environment_factory,
+            )
         self.entropy_term = EntropyTerm(args, self.accelerator)
         if not args.use_adaptive_entropy:
             self.disable_own_entropy_bonus()
         if environments is not None:
             if not own_reward:
                 self.add_reward_func(episode_return, episode_return.__name__)
+            self.reward_weights = torch.tensor(reward_weights, dtype=torch.float32)
             self._prepare_text_episodes(environments, first_row, action_parser, prompt_builder)
 
     def _prepare_text_episodes(
@@ -196,7 +212,8 @@ class EPOTrainer(SeamedGRPOTrainer):
             policy = self.accelerator.unwrap_model(self.model)
             self._critic = Critic(make_critic(policy, args.critic_model, len(self._tokenizer)), args, self.accelerator)
             self.add_callback(TrainCritic(self._critic))
-        self._credit = CreditAssigner(args, self.accelerator, self._critic)
+        return_weight = self.reward_weights[-1].item()
+        self._credit = CreditAssigner(args, self.accelerator, self._critic, return_weight)
 
     def train(self, *args, **kwargs):
         self.entropy_term.history = EntropyHistory()  # a resumed run loads its own

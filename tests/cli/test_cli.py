@@ -4,6 +4,7 @@ import doctest
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -12,7 +13,11 @@ import pytest
 import torch
 import yaml
 from conftest import make_model
+from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.utils import is_bitsandbytes_available
+from trl import get_peft_config
 
 from trl_epo import cli
 from trl_epo.cli import ScriptArguments, parse
@@ -85,6 +90,31 @@ def trained(tmp_path_factory, model_folder):
     flags = ("--config", SMALL, "--model_name_or_path", model_folder, "--output_dir", folder, *FEW_STEPS)
     done = run("train", *flags, cwd=folder)
     assert done.returncode == 0, done.stderr[-3000:]
+    return folder
+
+
+Q_PROJ = "base_model.model.model.layers.0.self_attn.q_proj.base_layer.weight"
+
+
+OWN_MODEL = """
+from transformers import LlamaConfig, LlamaForCausalLM
+
+class OwnConfig(LlamaConfig):
+    model_type = "own"
+
+class OwnForCausalLM(LlamaForCausalLM):
+    config_class = OwnConfig
+"""
+
+
+def save_adapter(folder, model_folder, **kwargs):
+    """An adapter of the model, and its tokenizer."""
+    model = AutoModelForCausalLM.from_pretrained(model_folder, **kwargs)
+    config = LoraConfig(
+        r=2, lora_alpha=8, lora_dropout=0.0, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM"
+    )
+    get_peft_model(model, config).save_pretrained(folder)
+    AutoTokenizer.from_pretrained(model_folder).save_pretrained(folder)
     return folder
 
 
@@ -183,6 +213,19 @@ class TestRows:
         with pytest.raises(ValueError, match="`tasks` is 'no_such_module:doors'"):
             ScriptArguments("doors_of_mine:Door", tasks="no_such_module:doors").rows("train", None)
 
+    @pytest.mark.parametrize(
+        ("settings", "message"),
+        [
+            ({"train_size": 5}, "`train_size` is 5, but `tasks` is not set"),
+            ({"eval_size": 5}, "`eval_size` is 5, but `tasks` is not set"),
+            ({"tasks_kwargs": {"rooms": 2}}, "`tasks_kwargs` is {'rooms': 2}, but `tasks` is not set"),
+        ],
+    )
+    def test_sizes_of_no_rows(self, settings, message):
+        ScriptArguments("household", **settings)
+        with pytest.raises(ValueError, match=message):
+            ScriptArguments("doors_of_mine:Door", **settings)
+
 
 class TestCommands:
     def test_train(self, trained, model_folder):
@@ -223,6 +266,7 @@ class TestCommands:
         done = run("train", *flags, "--resume", "--max_steps", "3", "--eval_strategy", "no", cwd=trained)
         assert done.returncode == 0, done.stderr[-3000:]
         assert "checkpoint-9 is passed over" in done.stderr
+        assert f"--resume: training goes on from {trained / 'checkpoint-2'}." in done.stderr
         history = json.loads((trained / "trainer_state.json").read_text())["log_history"]
         assert [entry["step"] for entry in history if "epo/entropy" in entry] == [1, 2, 3]
 
@@ -250,6 +294,86 @@ class TestCommands:
         assert done.returncode == 0, done.stderr[-3000:]
         panels = json.loads((tmp_path / "run" / "evaluation.json").read_text())["panels"]
         assert panels["iid"]["count"] == 20  # 5 rows, as many episodes each as in training
+
+    @pytest.mark.parametrize("bits", [4, 8])
+    @pytest.mark.parametrize("kind", ["model", "adapter"])
+    def test_weights_are_quantized_if_asked_for(self, tmp_path, model_folder, capsys, kind, bits):
+        folder = model_folder if kind == "model" else save_adapter(tmp_path / "adapter", model_folder)
+        flags = ("--config", str(SMALL), "--output_dir", str(tmp_path), "--model_name_or_path", str(folder))
+        flags = (*flags, f"--load_in_{bits}bit", "--max_steps", "1", "--train_size", "8", "--eval_strategy", "no")
+        if not is_bitsandbytes_available():
+            with pytest.raises(SystemExit):
+                cli.main(["train", *flags])
+            assert f"`load_in_{bits}bit` needs bitsandbytes" in capsys.readouterr().err
+            return
+        script, args, model_args = parse("train", flags)
+        args.num_generations = args.per_device_train_batch_size
+        peft = LoraConfig(r=2, target_modules=["q_proj"]) if kind == "model" else None
+        trainer = cli.make_trainer(script, args, model_args, script.rows("train", 8), peft_config=peft)
+        assert getattr(trainer.model, f"is_loaded_in_{bits}bit")
+        assert trainer.model.get_parameter(Q_PROJ).dtype == (torch.uint8 if bits == 4 else torch.int8)
+
+    def test_code_of_the_models_own(self, tmp_path, model_folder):
+        """In the folder, and as the base of an adapter."""
+        folder = tmp_path / "own"
+        shutil.copytree(model_folder, folder)
+        (folder / "own.py").write_text(OWN_MODEL)
+        config = json.loads((folder / "config.json").read_text())
+        maps = {"AutoConfig": "own.OwnConfig", "AutoModelForCausalLM": "own.OwnForCausalLM"}
+        config |= {"model_type": "own", "architectures": ["OwnForCausalLM"], "auto_map": maps}
+        (folder / "config.json").write_text(json.dumps(config))
+        adapter = save_adapter(tmp_path / "adapter", folder, trust_remote_code=True)
+        for path in (folder, adapter):
+            flags = ["--config", str(SMALL), "--output_dir", str(tmp_path), "--model_name_or_path", str(path)]
+            flags += ["--trust_remote_code", "--bf16", "false", "--eval_strategy", "no"]
+            script, args, model_args = parse("train", flags)
+            trainer = cli.make_trainer(script, args, model_args, script.rows("train", 8))
+            model = trainer.accelerator.unwrap_model(trainer.model)
+            model = model.get_base_model() if path == adapter else model
+            assert type(model).__name__ == "OwnForCausalLM"
+
+    def test_evaluation_needs_no_reference_model(self, tmp_path, model_folder):
+        flags = ["--config", str(SMALL), "--output_dir", str(tmp_path), "--model_name_or_path", model_folder]
+        flags += ["--bf16", "false", "--max_turns", "1", "--max_turn_length", "2", "--eval_size", "2"]
+        cli.main(["evaluate", *flags, "--beta", "0.1", "--sync_ref_model"])
+        assert (tmp_path / "evaluation.json").exists()
+
+    def test_lora_flags_that_cannot_act_are_told(self, tmp_path, model_folder, caplog):
+        folder = save_adapter(tmp_path / "adapter", model_folder)
+        flags = [
+            "--config",
+            str(SMALL),
+            "--output_dir",
+            str(tmp_path),
+            "--model_name_or_path",
+            str(folder),
+            "--use_peft",
+        ]
+
+        def told(*more):
+            caplog.clear()
+            script, args, model_args = parse("train", [*flags, "--bf16", "false", "--eval_strategy", "no", *more])
+            cli.make_trainer(
+                script, args, model_args, script.rows("train", 8), peft_config=get_peft_config(model_args)
+            )
+            return "".join(record.getMessage() for record in caplog.records if record.name == "trl_epo.cli")
+
+        same = (
+            "--lora_r",
+            "2",
+            "--lora_alpha",
+            "8",
+            "--lora_dropout",
+            "0",
+            "--lora_target_modules",
+            "v_proj",
+            "q_proj",
+        )
+        assert told(*same) == ""
+        assert f"{folder} holds an adapter, which stays as it is: `lora_r` is 2, not 5" in told(*same, "--lora_r", "5")
+        assert "`lora_target_modules` is ['q_proj', 'v_proj'], not ['k_proj'" in told(
+            *same[:-3], "--lora_target_modules", "k_proj", "q_proj"
+        )
 
     def test_too_many_episodes_that_fail(self, tmp_path, model_folder, monkeypatch, capsys):
         monkeypatch.syspath_prepend(tmp_path)

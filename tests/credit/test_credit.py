@@ -2,18 +2,28 @@
 
 import json
 import math
+import re
 import threading
 
 import pytest
 import torch
 from conftest import Corridor, make_model
 from datasets import Dataset
-from peft import LoraConfig
+from peft import LoraConfig, get_peft_model
 from test_text_episodes import make_trainer as make_any_trainer
 from test_text_episodes import weights
-from transformers import AutoModelForTokenClassification, BloomConfig, BloomForCausalLM, TrainerCallback
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForTokenClassification,
+    BitsAndBytesConfig,
+    BloomConfig,
+    BloomForCausalLM,
+    TrainerCallback,
+)
 
 from trl_epo import EPOConfig
+from trl_epo.batches.batching import sum_dtype
 from trl_epo.credit.advantages import gae
 from trl_epo.credit.critic import make_critic, value_head
 from trl_epo.rollouts.rollout import parse_action
@@ -174,6 +184,72 @@ def test_advantages_are_those_of_the_turns(tmp_path, tokenizer, estimator):
     assert not batch["advantages"][batch["turn_ids"] < 0].any() or estimator == "gigpo"
 
 
+class Dense(Corridor):
+    """Earns 1 each turn."""
+
+    def step(self, action):
+        return "ok", 1.0, False, False, {}
+
+
+@pytest.mark.parametrize(
+    ("reward_weights", "own_weight", "return_weight"),
+    [([0.5], None, 0.5), ([0.1], None, 0.1), ([3.0], 3.0, 1.0), ([3.0, 0.1], 3.0, 0.1), ([3.0, 0.0], 3.0, 0.0)],
+)
+def test_turns_are_credited_with_weighted_rewards(tmp_path, tokenizer, reward_weights, own_weight, return_weight):
+    """A turn earns its own reward, weighted; what a reward function gives, here to every second episode, comes last."""
+
+    def every_second(episodes, **kwargs):
+        return [float(i % 2) for i in range(len(episodes))]
+
+    trainer_kwargs = {} if own_weight is None else {"reward_funcs": every_second}
+    trainer = make_trainer(
+        tmp_path, tokenizer, factory=Dense, advantage_estimator="turn", max_steps=1, scale_rewards="none",
+        reward_weights=reward_weights, trainer_kwargs=trainer_kwargs,
+    )  # fmt: skip
+    batches = recorded(trainer)
+    trainer.train()
+    [batch] = batches
+    for i in range(8):
+        found = [batch["advantages"][i][batch["turn_ids"][i] == turn][0].item() for turn in range(4)]
+        expected = [return_weight * (1.5 - turn) + (own_weight or 0.0) * (i % 2 - 0.5) for turn in range(4)]
+        assert found == pytest.approx(expected, abs=1e-6)
+    assert trainer.args.reward_weights == reward_weights  # which may be used for another trainer
+    [entry] = [entry for entry in trainer.state.log_history if "reward" in entry]
+    assert entry["reward"] == pytest.approx(4 * return_weight + 0.5 * (own_weight or 0.0))
+
+
+class Returns(Corridor):
+    """Each turn looks like the first. One reward: at the end, in the second turn of two episodes and the fourth of others."""
+
+    lock = threading.Lock()
+    number = 0
+
+    def reset(self, *, seed=None, options=None):
+        with Returns.lock:
+            self.last = 2 + 2 * (Returns.number % 2)
+            Returns.number += 1
+        self.num_steps = 0
+        return "ok", {}
+
+    def step(self, action):
+        self.num_steps += 1
+        done = self.num_steps == self.last
+        return "ok", float(done), done, False, {}
+
+
+def test_gigpo_tells_turns_of_an_episode_apart_by_default(tmp_path, tokenizer):
+    """With one reward at the end and γ = 1 all turns that began in the same state have the same advantage."""
+    kwargs = {"factory": Returns, "advantage_estimator": "gigpo", "max_steps": 1, "scale_rewards": "none"}
+    trainer = make_trainer(tmp_path, tokenizer, **kwargs)
+    batches = recorded(trainer)
+    trainer.train()
+    [batch] = batches
+    for i, episode in enumerate(trainer._batch.episodes):
+        last = len(episode.turns) - 1
+        found = [batch["advantages"][i][batch["turn_ids"][i] == turn][0].item() for turn in (0, last)]
+        assert found[1] - found[0] == pytest.approx(1 - 0.95**last, abs=1e-6)
+
+
 class Breaks(Corridor):
     """Earns 1 each turn; one environment of a group breaks in its third."""
 
@@ -311,6 +387,31 @@ class TestCritic:
         torch.testing.assert_close(batch["advantages"][mask], standard[mask], atol=1e-4, rtol=1e-4)
         assert not batch["advantages"][~mask].any()
 
+    def test_no_float64_where_a_device_has_none(self, tmp_path, tokenizer, monkeypatch):
+        """Everything on a CPU here, as if its sums were to be in what MPS has."""
+
+        class NoFloat64(TorchDispatchMode):
+            def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+                result = func(*args, **(kwargs or {}))
+                assert not isinstance(result, torch.Tensor) or result.dtype != torch.float64, func
+                return result
+
+        assert (sum_dtype(torch.device("mps")), sum_dtype(torch.device("cpu"))) == (torch.float32, torch.float64)
+        trainer = make_trainer(tmp_path, tokenizer, factory=Steps, advantage_estimator="gae", max_steps=1)
+        assign = trainer._credit.assign
+
+        def checked(batch, *args):
+            expected = assign(dict(batch), *args)
+            monkeypatch.setattr("trl_epo.credit.assigner.sum_dtype", lambda device: torch.float32)
+            with NoFloat64():
+                found = assign(batch, *args)
+            assert found == pytest.approx(expected, rel=1e-4)
+            return found
+
+        trainer._credit.assign = checked
+        trainer.train()
+        assert any("critic/value" in entry for entry in trainer.state.log_history)
+
     def test_it_learns_with_its_own_rate(self, tmp_path, tokenizer):
         trainer = make_trainer(
             tmp_path, tokenizer, factory=Foretold, advantage_estimator="gae", max_steps=30, critic_learning_rate=3e-3,
@@ -422,6 +523,35 @@ class TestCritic:
         make_model(vocab_size=len(tokenizer) - 1).save_pretrained(tmp_path / "other")
         with pytest.raises(ValueError, match=f"knows {len(tokenizer) - 1} tokens.*tokenizer has {len(tokenizer)}"):
             make_trainer(tmp_path, tokenizer, advantage_estimator="gae", critic_model=str(tmp_path / "other"))
+
+    @pytest.mark.parametrize("shape", [None, (-1, 1)], ids=["8 bits", "4 bits"])
+    def test_a_quantized_policy_wants_a_critic_model(self, tmp_path, model, shape):
+        """bitsandbytes keeps codes in the place of weights: a byte each, or two in a byte of one long column."""
+        policy = get_peft_model(model, LoraConfig(r=2, target_modules=["q_proj"]))
+        layer = model.model.layers[1].self_attn.q_proj.base_layer
+        codes = torch.full_like(layer.weight, 7, dtype=torch.int8)
+        layer.weight = torch.nn.Parameter(codes.view(shape or codes.shape), requires_grad=False)
+        with pytest.raises(
+            ValueError, match=r"q_proj.base_layer.weight' is int8 .*Set `critic_model` to a whole model"
+        ):
+            make_critic(policy, None)
+        make_model(seed=1).save_pretrained(tmp_path / "other")
+        make_critic(policy, str(tmp_path / "other"))
+
+    @pytest.mark.parametrize("bits", [4, 8])
+    def test_a_policy_that_bitsandbytes_quantized(self, tmp_path, tokenizer, bits):
+        pytest.importorskip("bitsandbytes")
+        make_model(hidden_size=64).save_pretrained(tmp_path / "policy")
+        quantization = BitsAndBytesConfig(load_in_4bit=bits == 4, load_in_8bit=bits == 8)
+        kwargs = {"advantage_estimator": "gae", "factory": Steps, "max_steps": 1, "bf16": True}
+        kwargs["trainer_kwargs"] = {"peft_config": LoraConfig(r=2, target_modules=["q_proj"])}
+
+        def policy():
+            return AutoModelForCausalLM.from_pretrained(tmp_path / "policy", quantization_config=quantization)
+
+        with pytest.raises(ValueError, match="Set `critic_model` to a whole model"):
+            make_trainer(tmp_path, tokenizer, model=policy(), **kwargs)
+        make_trainer(tmp_path, tokenizer, model=policy(), critic_model=str(tmp_path / "policy"), **kwargs).train()
 
     def test_training_twice_and_a_given_optimizer(self, tmp_path, tokenizer):
         kwargs = {"advantage_estimator": "gae", "factory": Steps}
@@ -541,12 +671,31 @@ class TestBadInput:
         with pytest.raises(ValueError, match=message):
             EPOConfig(str(tmp_path), **kwargs)
 
+    @pytest.mark.parametrize(("num_funcs", "weights"), [(0, [0.5, 0.5]), (1, []), (2, [0.5])])
+    def test_reward_weights(self, tmp_path, tokenizer, num_funcs, weights):
+        reward_funcs = [lambda episodes, **kwargs: [0.0] * len(episodes)] * num_funcs
+        message = (
+            rf"`reward_weights` is {re.escape(str(weights))}.*{num_funcs} `reward_funcs`.*{num_funcs + 1} numbers"
+        )
+        with pytest.raises(ValueError, match=message):
+            make_trainer(
+                tmp_path, tokenizer, reward_weights=weights, trainer_kwargs={"reward_funcs": reward_funcs or None}
+            )
+
     def test_prompt_builder_is_tried_before_training(self, tmp_path, tokenizer):
         def wrong(turn):
             return turn.info["valid"]
 
         with pytest.raises(ValueError, match="prompt_builder.*KeyError"):
             make_trainer(tmp_path, tokenizer, context="window", trainer_kwargs={"prompt_builder": wrong})
+
+    def test_a_prompt_builder_that_is_never_asked(self, tmp_path, tokenizer):
+        builder = {"prompt_builder": lambda turn: turn.observation}
+        with pytest.raises(ValueError, match="`prompt_builder` .*`context='transcript'`.*`context='window'`"):
+            make_trainer(tmp_path, tokenizer, trainer_kwargs=builder)
+        make_trainer(tmp_path, tokenizer, context_overflow="window", trainer_kwargs=builder)
+        with pytest.raises(ValueError, match="`prompt_builder` is for text episodes"):
+            make_trainer(tmp_path, tokenizer, factory=None, trainer_kwargs={**builder, "reward_funcs": [len]})
 
     def test_only_for_text_episodes(self, tmp_path, tokenizer):
         with pytest.raises(ValueError, match="for text episodes"):

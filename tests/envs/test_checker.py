@@ -42,6 +42,8 @@ def bad(**methods):
         (bad(on_reset=lambda obs, info: (" ", info)), "first observation is empty"),
         (bad(on_step=lambda *a: a[:4]), "must return `.observation, reward, terminated, truncated, info.`"),
         (bad(on_step=lambda o, r, *a: (o, float("inf"), *a)), "reward inf, but it must be finite"),
+        (bad(on_step=lambda o, r, *a: (o, "1", *a)), r"reward '1' \(str\), but it must be a number"),
+        (bad(on_step=lambda o, r, *a: (o, b"1", *a)), r"reward b'1' \(bytes\), but it must be a number"),
         (bad(on_step=lambda o, *a: ("", *a)), "every reply must be a sentence"),
         (bad(on_step=lambda *a: (*a[:4], {"success": "yes"})), "'yes', but must be a `bool`"),
         (bad(on_step=lambda *a: (*a[:4], {"admissible_actions": [1]})), r"\[1\], but must be a list of `str`"),

@@ -16,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from trl_epo.envs import TextEnv, scienceworld
-from trl_epo.envs.scienceworld import SPLITS, VARIATIONS, ScienceWorld, SimulatorDied, SimulatorError, tasks
+from trl_epo.envs.scienceworld import SPLITS, VARIATIONS, ScienceWorld, SimulatorError, SimulatorGivenUp, tasks
 from trl_epo.rollouts.contexts import TurnView, build_prompt
 
 
@@ -543,10 +543,11 @@ def test_java_that_is_stopped_while_it_starts_can_be_interrupted(monkeypatch):
             time.sleep(0.001)
         new[0].suspend()
         other = threads.submit(waiting.reset)
-        time.sleep(0.5)
+        assert wait_for(lambda: waiting.held_up_by_another)
+        assert not stuck.held_up_by_another
         assert not answer.done()
         stuck.interrupt()
-        with pytest.raises(SimulatorDied, match="exit status -9"):
+        with pytest.raises(SimulatorGivenUp, match="exit status -9"):
             answer.result(300)
         assert other.result(300)  # in another one
     assert wait_for(lambda: has_ended(new[0].pid))

@@ -5,16 +5,25 @@ from trl_epo.rollouts.episode import StopReason
 
 
 def summary(
-    success=None, task=None, episode_return=0.0, num_turns=1, invalid=0, stop=StopReason.TERMINATED, late=0, cut=0
+    success=None,
+    task=None,
+    episode_return=0.0,
+    num_turns=1,
+    invalid=0,
+    stop=StopReason.TERMINATED,
+    late=0,
+    cut=0,
+    cut_thoughts=0,
 ):
-    return EpisodeSummary(task, success, episode_return, num_turns, invalid, late, stop, num_cut_observations=cut)
+    cut = {"num_cut_observations": cut, "num_cut_thoughts": cut_thoughts}
+    return EpisodeSummary(task, success, episode_return, num_turns, invalid, late, stop, **cut)
 
 
 def test_hand_worked():
     metrics = episode_metrics(
         [
             summary(True, "heat", 1.0, 4, 1),
-            summary(False, "heat", 0.0, 10, 3, StopReason.TRUNCATED, late=2),
+            summary(False, "heat", 0.0, 10, 3, StopReason.TRUNCATED, late=2, cut_thoughts=2),
             summary(True, "clean", 1.0, 6, 0, cut=3),
             summary(None, None, 0.5, 5, 1, StopReason.MAX_TURNS),
             summary(True, "clean", 9.0, 90, 90, StopReason.FAILURE),
@@ -27,6 +36,7 @@ def test_hand_worked():
         "episode/return": 2.5 / 4,
         "episode/turns": 25 / 4,
         "episode/invalid_actions": 5 / 25,
+        "episode/cut_thoughts": 2 / 25,
         "episode/late_answers": 2 / 4,
         "episode/cut_observations": 3 / 4,
         "episode/stop/terminated": 0.4,

@@ -100,6 +100,42 @@ def test_white_space_before_the_end_of_turn_is_not_doubled():
     assert tokenizer.decode(ids) == "[INST] look [/INST]"
 
 
+# The end of the assistant's turn after the manner of two families: a token of its own before the one that is sampled, and no
+# end at all but the next header, which is one of the tokens that end generation.
+TWO_ENDS = (
+    "{% for m in messages %}<|turn|>{% if m['role'] == 'user' %}<|user|>{{ m['content'] }}"
+    "{% else %}<|bot|><|reply|>{{ m['content'] }}<|reply_end|>{% endif %}<|turn_end|>{% endfor %}"
+    "{% if add_generation_prompt %}<|turn|><|bot|><|reply|>{% endif %}"
+)
+NO_END = (
+    "{% for m in messages %}<|{{ m['role'] }}|>\n{{ m['content'] }}{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>\n{% endif %}"
+)
+
+
+@pytest.mark.parametrize(
+    ("template", "tokens", "sampled", "expected"),
+    [
+        (TWO_ENDS, ["<|turn_end|>"], "<|turn_end|>", "<|turn|><|user|>look<|turn_end|><|turn|><|bot|><|reply|>"),
+        (TWO_ENDS, ["<|turn_end|>"], "left", "<|reply_end|><|turn_end|><|turn|><|user|>look<|turn_end|><|turn|><|bot|><|reply|>"),
+        (NO_END, ["<|end|>", "<|user|>"], "<|user|>", "\nlook<|assistant|>\n"),
+        (NO_END, ["<|end|>", "<|user|>"], "<|end|>", "<|user|>\nlook<|assistant|>\n"),
+        (NO_END, ["<|end|>", "<|user|>"], "left", "<|user|>\nlook<|assistant|>\n"),
+        # An end that the template writes after users only
+        ("{{ 'U ' }}{% for m in messages %}{{ m['content'] }}{{ '<|end|>' if m['role'] == 'user' else ' U ' }}{% endfor %}",
+         ["<|end|>"], "<|end|>", " U look<|end|>"),
+    ],
+    ids=["two ends", "two ends, cut", "a header ends", "another end", "no end, cut", "no end but the user's"],
+)  # fmt: skip
+def test_what_is_left_of_the_end_of_turn(template, tokens, sampled, expected):
+    tokenizer = make_tokenizer(template)
+    special = sorted({*MARKUP.findall(template), *tokens, "<|assistant|>"})
+    tokenizer.add_special_tokens({"additional_special_tokens": special})
+    chat = ChatEncoder(tokenizer, tokenizer.convert_tokens_to_ids(tokens))
+    ids = chat.encode_observation("look", last_action_token=tokenizer.encode(sampled)[-1])
+    assert tokenizer.decode(ids) == expected
+
+
 # What text may bring along: other families' markup, tool calls, templates, control characters, marks without a glyph.
 OTHER_PARTS = [
     *("<|im_start|>", "<|im_end|>", "<|eot_id|>", "<|start_header_id|>", "<end_of_turn>", "[INST]", "<|", "|>"),
@@ -146,6 +182,23 @@ def test_observations_cannot_forge_chat_structure(family):
         assert without_surrogates(text) in tokenizer.decode(observation)  # nothing is lost either
 
     check()
+
+
+@pytest.mark.parametrize(
+    ("name", "enable_thinking", "opens"),
+    [
+        ("qwen3", None, False),
+        ("qwen3", False, False),  # the template writes an empty thought
+        ("deepseek_r1_distill", None, True),
+        ("qwen3_5_think", None, True),
+        ("qwen3_5_think", False, False),
+        ("glm4moe", None, False),
+    ],
+)
+def test_templates_that_open_a_thought(name, enable_thinking, opens):
+    tokenizer = make_tokenizer((TEMPLATES / f"{name}.jinja").read_text())
+    kwargs = {} if enable_thinking is None else {"enable_thinking": enable_thinking}
+    assert ChatEncoder(tokenizer, [tokenizer.eos_token_id], chat_template_kwargs=kwargs).opens_thought == opens
 
 
 def structure_of(tokenizer, ids):

@@ -442,3 +442,32 @@ def test_scienceworlds_java_process(tmp_path, tokenizer, tokens, signal_number, 
     assert logged(trainer, f"faults/{kind}")[0] >= 1
     assert logged(trainer, "episode/stop/failure") == [0.0, 0.0]
     assert logged(trainer, "episode/turns") == [3.0, 3.0]
+
+
+@pytest.mark.jvm
+def test_a_call_in_java_without_end_costs_its_own_episode(tmp_path, tokenizer, tokens):
+    class Stuck(ScienceWorld):
+        """One call never returns, while Java answers others."""
+
+        def step(self, action):
+            if self._turn == 1:
+                with suppress(FileNotFoundError):
+                    Path(tokens.folder, "0").unlink()
+                    with self._world.use():
+                        self._world.simulator.gateway.jvm.java.lang.Thread.sleep(10**9)
+            return super().step(action)
+
+    rows = Dataset.from_dict({"task": ["boil"] * 2, "variation": [0, 1]})
+    trainer = make_trainer(tmp_path, tokenizer, lambda: Stuck("boil", 0, turns=3), rows=rows, env_max_retries=0)
+    hurry(trainer, 10.0)
+    tokens(1)
+    trainer.train()
+    # Some shared the simulator with it, perhaps waiting for it all the time, others the process.
+    assert logged(trainer, "faults/timeout") == [1.0, 1.0]
+    assert logged(trainer, "episode/stop/failure") == [1 / 8, 0.0]
+    num_others = logged(trainer, "faults/neighbour")[-1]
+    assert 1 <= num_others <= 7
+    assert logged(trainer, "faults/retried") == [num_others] * 2
+    for failure in failures(tmp_path):
+        assert failure["retried"] == (failure["kind"] == "neighbour")
+        assert ("killed, since it gave one of its environments no answer" in failure["cause"]) == failure["retried"]

@@ -9,16 +9,18 @@ from itertools import count
 import gymnasium
 import numpy as np
 import pytest
-from conftest import Corridor
+from conftest import CHATML, Corridor, make_tokenizer
 from hypothesis import given
 from hypothesis import strategies as st
+from tokenizers import AddedToken
 
 from trl_epo.envs import TextEnv
+from trl_epo.envs.base import NeighbourTimeout
 from trl_epo.rollouts import rollout
 from trl_epo.rollouts.chat import ChatEncoder
 from trl_epo.rollouts.contexts import ContextRules, add_observation
 from trl_epo.rollouts.environment_pool import EnvironmentPool
-from trl_epo.rollouts.episode import StopReason, episode_row
+from trl_epo.rollouts.episode import EpisodeSummary, StopReason, episode_row
 from trl_epo.rollouts.failures import FailureKind
 from trl_epo.rollouts.rollout import EpisodeStart, Limits, parse_action, parse_tagged_action, play_episodes
 from trl_epo.sampling.turns import Sample
@@ -75,6 +77,7 @@ def play(tokenizer, samplers):
         options=None,
         names=None,
         timeout=math.inf,
+        chat=None,
         **limits,
     ):
         limits = {"max_turns": 10, "max_turn_length": 20, **limits}
@@ -84,10 +87,10 @@ def play(tokenizer, samplers):
                 rules[name] = limits.pop(name)
         names = names or [None] * num
         starts = [EpisodeStart(list(prompt), seed=5, options=options or {}, environment=name) for name in names]
-        sampler = ScriptedSampler(tokenizer, texts)
+        chat = chat or ChatEncoder(tokenizer, [tokenizer.eos_token_id])
+        sampler = ScriptedSampler(chat.tokenizer, texts)
         samplers.append(sampler)
         pool = EnvironmentPool(factory, timeout)
-        chat = ChatEncoder(tokenizer, [tokenizer.eos_token_id])
         return play_episodes(starts, pool, ContextRules(chat, **rules), sampler, Limits(**limits), parser)
 
     return play
@@ -99,6 +102,13 @@ class TestParseAction:
         [
             ("<action>open door</action>", "open door"),
             ("<think>hm</think>\n<action> open\n</action> bye", "open"),
+            ("<think>left?</think>\n\nopen", "open"),
+            ("the template wrote the tag</think>open", "open"),
+            ("<think>a</think>left<think>b</think>open", "open"),
+            ("<think><action>left</action></think>open", "open"),
+            ("<think><action>left</action></think>", None),
+            ("<think>perhaps I should go left", None),
+            ("<action>left</action><think>or perhaps", None),
             ("<action>first</action><action>second</action>", "second"),
             ("  open door\n", "open door"),
             ("<action>cut by the limit", "<action>cut by the limit"),
@@ -115,6 +125,9 @@ class TestParseAction:
         assert parse_tagged_action("<action></action>") is None
         assert parse_tagged_action("open door") is None
         assert parse_tagged_action("<action>open door") is None
+        assert parse_tagged_action("<think><action>left</action></think>open door") is None
+        assert parse_tagged_action("<think><action>left</action></think><action>open</action>") == "open"
+        assert parse_tagged_action("<think><action>left</action>") is None
 
     @given(st.text())
     def test_never_raises_and_never_returns_blank(self, text):
@@ -210,6 +223,54 @@ class TestInvalidActions:
         assert episode.turns[1].action is None
         assert episode.turns[1].observation == f"You are at {start}."  # one step right, one (the empty action) left
         assert episode.num_invalid_actions == 1
+
+
+class TestThoughts:
+    OPENS = CHATML.replace("assistant\n{% endif", "assistant\n<think>\n{% endif")
+
+    @pytest.fixture(params=[None, False, True], ids=["no tokens", "plain tokens", "special tokens"])
+    def thinking(self, request):
+        """A tokenizer whose template opens a thought; the tags are ordinary text or tokens of their own."""
+        tokenizer = make_tokenizer(self.OPENS)
+        if request.param is not None:
+            tokenizer.add_tokens([AddedToken(tag, special=request.param) for tag in ("<think>", "</think>")])
+        return tokenizer
+
+    def actions(self, play, tokenizer, texts, **kwargs):
+        chat = ChatEncoder(tokenizer, [tokenizer.eos_token_id])
+        kwargs = {"max_turns": len(texts), "max_turn_length": 100, "max_episode_length": 2000, **kwargs}
+        (episode,) = play(lambda: Corridor(length=99, turns=50), texts, chat=chat, **kwargs)
+        assert [turn.text for turn in episode.turns] == texts
+        assert [turn.invalid for turn in episode.turns] == [turn.action is None for turn in episode.turns]
+        return [turn.action for turn in episode.turns], [turn.cut_thought for turn in episode.turns]
+
+    @pytest.mark.parametrize("parser", [parse_action, parse_tagged_action])
+    def test_of_a_template_that_opens_them(self, play, thinking, parser):
+        texts = ["left</think><action>right</action>", "I could go <action>left</action>", "<think>", "hm</think>"]
+        actions, cut = self.actions(play, thinking, texts, parser=parser)
+        assert actions == ["right", None, None, None]
+        assert cut == [False, True, True, False]
+
+    def test_of_a_model_that_opens_them(self, play, tokenizer):
+        texts = ["<think>left</think>right", "<think>left", "right"]
+        assert self.actions(play, tokenizer, texts) == (["right", None, "right"], [False, True, False])
+
+    def test_other_parsers_get_the_whole_text(self, play, thinking):
+        texts = ["left</think>right", "I could go left"]
+        actions, cut = self.actions(play, thinking, texts, parser=lambda text: text)
+        assert actions == texts
+        assert cut == [False, True]
+
+    def test_are_counted(self, play, thinking):
+        (episode,) = play(
+            lambda: Corridor(length=99),
+            ["I could go left, or right"],
+            chat=ChatEncoder(thinking, [thinking.eos_token_id]),
+            max_turns=3,
+            max_turn_length=2,
+        )
+        assert episode.num_cut_thoughts == episode.num_invalid_actions == 3
+        assert EpisodeSummary.of(episode).num_cut_thoughts == 3
 
 
 def test_group_starts_from_the_same_state(play):
@@ -381,6 +442,79 @@ class Waiting(Corridor):
     def step(self, action):
         self.wait()
         return super().step(action)
+
+
+class Sharing(Corridor):
+    """Lives in a process with others, of which one call after the other has no end; what ends it ends them all."""
+
+    class Process:
+        def __init__(self, num_hangs):
+            self.lock = threading.Lock()
+            self.num_hangs = num_hangs
+            self.begin()
+
+        def begin(self):
+            self.killed = threading.Event()
+            self.hanging = None
+
+    def __init__(self, process):
+        super().__init__(length=99, turns=3)
+        self.process = process
+        self.killed = process.killed
+
+    def reset(self, **kwargs):
+        self.killed = self.process.killed
+        return super().reset(**kwargs)
+
+    def step(self, action):
+        with self.process.lock:
+            if self.process.hanging is None and self.process.num_hangs:
+                self.process.hanging = self
+                self.process.num_hangs -= 1
+        if self.process.hanging is not None:
+            self.killed.wait()
+        if self.killed.is_set():
+            raise NeighbourTimeout
+        return super().step(action)
+
+    def interrupt(self):
+        killed = self.process.killed
+        self.process.begin()
+        killed.set()
+
+    @property
+    def held_up_by_another(self):
+        return self.process.hanging not in (None, self) or self.killed.is_set()
+
+
+class TestNeighbours:
+    @pytest.mark.parametrize(("num_hangs", "max_retries"), [(1, 0), (2, 1)])
+    def test_a_time_out_costs_the_others_no_retry(self, play, num_hangs, max_retries):
+        process = Sharing.Process(num_hangs)
+        episodes = play(lambda: Sharing(process), num=6, timeout=3.0, max_retries=max_retries)
+        kinds = [failure.kind for episode in episodes for failure in episode.failures]
+        assert kinds.count(FailureKind.TIMEOUT) == num_hangs
+        assert kinds.count(FailureKind.NEIGHBOUR) >= 3 * num_hangs
+        assert len(kinds) == kinds.count(FailureKind.TIMEOUT) + kinds.count(FailureKind.NEIGHBOUR)
+        for episode in episodes:
+            own = [failure.kind for failure in episode.failures].count(FailureKind.TIMEOUT)
+            assert episode.failed == (own > max_retries)
+            assert episode.failed or len(episode.turns) == 3
+
+    def test_an_environment_that_hangs_each_time_comes_to_an_end(self, play):
+        process = Sharing.Process(num_hangs=10**6)
+        episodes = play(lambda: Sharing(process), num=3, timeout=0.2, max_retries=1)
+        kinds = [[failure.kind for failure in episode.failures] for episode in episodes]
+        assert all(episode.failed for episode in episodes)
+        assert sum(own.count(FailureKind.TIMEOUT) for own in kinds) <= 3 * 2
+
+    @pytest.mark.parametrize("max_retries", [0, 1])
+    def test_without_a_time_out_there_is_no_excuse(self, play, max_retries):
+        def pretend(*answer):
+            raise NeighbourTimeout
+
+        (episode,) = play(lambda: Faulty(pretend, 1), parser=lambda text: "x", max_retries=max_retries)
+        assert [failure.kind for failure in episode.failures] == [FailureKind.NEIGHBOUR] * (max_retries + 1)
 
 
 class TestConcurrency:

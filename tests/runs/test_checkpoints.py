@@ -5,7 +5,6 @@ import logging
 import os
 import pickle
 import shutil
-import signal
 from itertools import count
 from pathlib import Path
 
@@ -132,6 +131,20 @@ def test_rotation_spares_the_best_and_takes_cut_ones_first(tmp_path):
     assert left() == [1, 5]
 
 
+def test_processes_that_do_not_see_the_same_folder(tmp_path, tokenizer):
+    make_model().save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    begin_checkpoint(tmp_path / "view0" / "checkpoint-5")
+    finish_checkpoint(tmp_path / "view0" / "checkpoint-5", 5, 2)
+    process = start("views", tmp_path, processes=2)
+    process.stdout.read()
+    errors = (tmp_path / "stderr.txt").read_text()
+    assert process.wait(60) == 0, errors[-3000:]
+    assert "checkpoint-5 is passed over: it is not there on every process" in errors
+    assert errors.count("--resume: there is no whole checkpoint in") == 1
+    assert all("there is no whole checkpoint" in (tmp_path / f"refused{rank}").read_text() for rank in range(2))
+
+
 def test_killed_while_writing_checkpoints(tmp_path):
     process = start("kills", tmp_path)
     *_, verdict = lines = process.stdout.read().splitlines()
@@ -165,7 +178,7 @@ def test_ctrl_c_and_on_in_the_same_process(tmp_path, whole, moment):
 
     def interrupted(*args, **kwargs):
         if next(calls) == 2:
-            signal.raise_signal(signal.SIGINT)
+            raise KeyboardInterrupt  # the second in a notebook, which does not wait for the step's end
         return usual(*args, **kwargs)
 
     setattr(trainer, moment, interrupted)

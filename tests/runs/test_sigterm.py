@@ -1,4 +1,4 @@
-"""SIGTERM: a checkpoint at the next boundary between steps, an exit like a terminated process, and no trace after a resume."""
+"""SIGTERM, and Ctrl-C in a script: a checkpoint at the next boundary between steps, an exit like a terminated process, and no trace after a resume."""
 
 import json
 import logging
@@ -24,22 +24,27 @@ def terminate():
     signal.raise_signal(signal.SIGTERM)
 
 
-def test_checkpoint_exit_and_resume(tmp_path):
+@pytest.mark.parametrize(
+    ("number", "name", "code"), [(signal.SIGTERM, "SIGTERM", 143), (signal.SIGINT, "Ctrl-C", 130)]
+)
+def test_checkpoint_exit_and_resume(tmp_path, number, name, code):
     process = start("one", tmp_path)
     whole = make_trainer(tmp_path / "whole")
     whole.train()
     wait_for_step(process, 3)
-    process.send_signal(signal.SIGTERM)
-    assert wait_for(lambda: "SIGTERM: writing a checkpoint" in (tmp_path / "stderr.txt").read_text())
-    process.send_signal(signal.SIGTERM)  # as a scheduler and torchrun do, each for itself
+    process.send_signal(number)
+    assert wait_for(lambda: f"{name}: writing a checkpoint" in (tmp_path / "stderr.txt").read_text())
+    if number == signal.SIGTERM:
+        process.send_signal(number)  # as a scheduler and torchrun do, each for itself
     (tmp_path / "go").touch()
     output = process.stdout.read()
-    assert process.wait(60) == 143
+    assert process.wait(60) == code
     assert (tmp_path / "finally0").exists() and (tmp_path / "atexit0").exists()
+    assert (tmp_path / "ctrl-c0").exists() == (number == signal.SIGINT)
     assert "step 4" not in output
     assert last_whole_checkpoint(tmp_path) == str(tmp_path / "checkpoint-3")
     errors = (tmp_path / "stderr.txt").read_text()
-    assert "Ended by SIGTERM" in errors and "Traceback" not in errors
+    assert f"Ended by {name} after step 3" in errors and "Traceback" not in errors
 
     resumed = make_trainer(tmp_path)
     resumed.train(resume_from_checkpoint=True)

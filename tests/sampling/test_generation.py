@@ -1,5 +1,6 @@
 """The sampler with a cache across turns against the plain forward over the whole transcript."""
 
+import math
 import random
 
 import pytest
@@ -19,6 +20,7 @@ from transformers import (
     LlamaConfig,
     LogitsProcessorList,
     MistralConfig,
+    Phi3Config,
     Qwen2Config,
 )
 
@@ -167,7 +169,7 @@ def test_other_architectures(make_config):
     sizes = {"vocab_size": 50, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 7}
     sizes |= {"num_attention_heads": 4, "num_key_value_heads": 2, "bos_token_id": None, "eos_token_id": 2}
     model = AutoModelForCausalLM.from_config(make_config(**sizes)).eval()
-    assert unfit_for_cached_sampler(model) is None
+    assert unfit_for_cached_sampler(model, longest_context=128) is None
     rng = random.Random(1)
     prompts = [rng.choices(range(3, 50), k=k) for k in (7, 20, 3)]
     assert play(model, [6, 3, 5], prompts, max_concurrent=2) < 1e-4
@@ -354,8 +356,84 @@ def test_unknown_generation_setting_is_refused():
 def test_models_that_do_not_fit(config, reason):
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
-    unfit = unfit_for_cached_sampler(model)
+    unfit = unfit_for_cached_sampler(model, longest_context=math.inf)
     assert (unfit is None) if reason is None else reason in unfit
+
+
+def rotating(rope_parameters, make_config=LlamaConfig, context_length=128, **kwargs):
+    """A tiny model, of whose contexts 32 tokens are the original ones."""
+    torch.manual_seed(0)
+    config = make_config(
+        vocab_size=50,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=context_length,
+        rope_parameters=rope_parameters,
+        bos_token_id=None,
+        eos_token_id=EOS,
+        pad_token_id=PAD,
+        **kwargs,
+    )
+    return AutoModelForCausalLM.from_config(config).eval()
+
+
+THETA = {"rope_theta": 100.0}
+DYNAMIC = {"rope_type": "dynamic", "factor": 4.0, **THETA}
+LONGROPE = {"rope_type": "longrope", "short_factor": [1.0] * 4, "long_factor": [1.5, 3.0, 5.0, 9.0], **THETA}
+
+
+class TestRotations:
+    MOVING = {
+        "longrope": lambda: rotating(LONGROPE, Phi3Config, original_max_position_embeddings=32),
+        "dynamic": lambda: rotating(DYNAMIC, context_length=32),
+        "by layer": lambda: rotating(
+            {"full_attention": DYNAMIC, "sliding_attention": {"rope_type": "default", **THETA}},
+            Gemma3TextConfig,
+            context_length=32,
+            head_dim=8,
+            sliding_window=16,
+            layer_types=["full_attention", "sliding_attention"],
+        ),
+    }
+
+    @pytest.mark.parametrize("kind", MOVING)
+    def test_those_that_depend_on_the_length_of_the_context(self, kind):
+        model = self.MOVING[kind]()
+        assert "more than 32 tokens" in unfit_for_cached_sampler(model, 33)
+        assert unfit_for_cached_sampler(model, 32) is None
+        # Up to there the cache is right: prompts of 16 tokens, and one turn more of at most 8 + 8
+        assert self.play(model, prompt_length=16, num_turns=1) < 1e-4
+        assert self.play(model, prompt_length=5, num_turns=2) < 1e-4
+        with pytest.raises(AssertionError):  # and beyond it is not
+            assert self.play(model, prompt_length=16, num_turns=8) < 1e-4
+
+    @pytest.mark.parametrize(
+        "rope_parameters",
+        [
+            {"rope_type": "linear", "factor": 4.0},
+            {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32},
+            {
+                "rope_type": "llama3",
+                "factor": 4.0,
+                "low_freq_factor": 1.0,
+                "high_freq_factor": 4.0,
+                "original_max_position_embeddings": 32,
+            },
+        ],
+        ids=lambda parameters: parameters["rope_type"],
+    )
+    def test_those_that_do_not(self, rope_parameters):
+        model = rotating(rope_parameters | THETA)
+        assert unfit_for_cached_sampler(model, longest_context=128) is None
+        assert self.play(model, prompt_length=16, num_turns=5) < 1e-4
+
+    @staticmethod
+    def play(model, prompt_length, num_turns):
+        prompts = [list(range(3, 3 + prompt_length)), [7, 8, 9]]
+        return play(model, [num_turns] * 2, prompts, max_concurrent=2)
 
 
 @pytest.mark.parametrize("answer", [[[1], []], [[1]]])

@@ -176,6 +176,12 @@ def test_vllm_samples_from_the_trained_weights(record):
     assert max(differences) < 0.02
 
 
+def test_no_tokens_ratio_is_out_of_bounds(record):
+    for entry in record["logs"]:
+        assert entry["sampling/importance_sampling_ratio/cut"] == 0.0
+        assert 0.9 < entry["sampling/importance_sampling_ratio/min"] < entry["sampling/importance_sampling_ratio/max"]
+
+
 def test_a_turn_finds_the_last_one_in_the_prefix_cache(record):
     assert max(request["cached"] for request in record["requests"]) > 0
 

@@ -5,9 +5,16 @@ Private names of TRL, and of Trainer below it, that this package relies on. `pyt
 import inspect
 import subprocess
 import sys
+from collections import defaultdict
+from types import SimpleNamespace
 
+import pytest
+import torch
+from accelerate import Accelerator
 from conftest import child_environment
+from transformers import TrainerState
 from trl import GRPOTrainer
+from trl.trainer.utils import add_fused_lm_head
 
 from trl_epo import EPOTrainer
 from trl_epo.seams import differences as seams
@@ -56,11 +63,7 @@ def test_same_constructor_as_grpo_trainer():
 
 
 def test_entropies_are_returned_second_and_carry_a_gradient(model):
-    from trl.trainer.utils import add_fused_lm_head
-
     add_fused_lm_head(model, outputs=("log_probs", "entropy"))
-    import torch
-
     ids = torch.randint(3, 300, (2, 9))
     output = model(input_ids=ids, labels=ids, fused_lm_head=True)
     logits = model(input_ids=ids).logits[:, :-1]
@@ -68,3 +71,22 @@ def test_entropies_are_returned_second_and_carry_a_gradient(model):
     torch.testing.assert_close(output.entropy, expected, atol=1e-4, rtol=1e-4)
     output.entropy.sum().backward()
     assert model.model.layers[0].mlp.up_proj.weight.grad.abs().sum() > 0
+
+
+@pytest.mark.parametrize("trainer_class", [GRPOTrainer, EPOTrainer])
+def test_methods_of_a_trainer_that_was_made_without_init(trainer_class, model):
+    trainer = object.__new__(trainer_class)
+    trainer.model = model
+    trainer.accelerator = Accelerator(cpu=True)
+    trainer.args = SimpleNamespace(report_to=[])
+    trainer.state = TrainerState()
+    trainer.environments = None
+    trainer._metrics = {"train": defaultdict(list)}
+    trainer.reward_funcs, trainer.reward_func_names = [lambda completions, **kwargs: [1.0, None]], ["one"]
+    trainer.reward_processing_classes = [None]
+    rewards = trainer._calculate_rewards([{}, {}], ["a", "b"], ["c", "d"], [[1], [2]])
+    torch.testing.assert_close(rewards, torch.tensor([[1.0], [torch.nan]]), equal_nan=True)
+    add_fused_lm_head(model, outputs=("log_probs", "entropy"))
+    ids = torch.randint(3, 300, (2, 9))
+    logprobs, _, _ = trainer._get_per_token_logps_and_entropies(model, ids, torch.ones_like(ids), 4)
+    assert logprobs.shape == (2, 4)

@@ -17,7 +17,7 @@ import torch
 from conftest import PATIENT_RUN, Corridor, child_environment, make_model, make_tokenizer, wait_for
 from transformers import TrainerCallback
 
-from trl_epo import EPOConfig, EPOTrainer
+from trl_epo import EPOConfig, EPOTrainer, cli
 from trl_epo.runs.checkpoints import last_whole_checkpoint
 
 
@@ -90,7 +90,7 @@ def limit_files(size: int = resource.RLIM_INFINITY) -> None:
 
 
 class Steps(TrainerCallback):
-    """Tells of each step on standard output; at the end of the third it waits for a SIGTERM and for the file `go`."""
+    """Tells of each step on standard output; at the end of the third it waits for a signal and for the file `go`."""
 
     def __init__(self, trainer: EPOTrainer):
         self.trainer = trainer
@@ -140,6 +140,9 @@ def one(folder: Path) -> None:
     trainer.add_callback(Steps(trainer))
     try:
         trainer.train()
+    except KeyboardInterrupt:
+        Path(folder, f"ctrl-c{rank}").write_text(str(trainer.state.global_step))
+        raise
     finally:
         Path(folder, f"finally{rank}").touch()
 
@@ -232,6 +235,19 @@ def full_disk(folder: Path) -> None:
         say(json.dumps([type(error).__name__, str(error), trainer.state.global_step]))
 
 
+def views(folder: Path) -> None:
+    """On two processes, each of which looks for its run in a folder of its own: `True`, and `--resume`."""
+    where = folder / f"view{os.environ['RANK']}"
+    try:
+        make_trainer(where).train(resume_from_checkpoint=True)
+    except ValueError as error:
+        Path(folder, f"refused{os.environ['RANK']}").write_text(str(error))
+    flags = {**SETTINGS, "environment": "conftest:Corridor", "model_name_or_path": folder / "model", "max_steps": 1}
+    flags = [part for name, value in {**flags, "output_dir": where}.items() for part in (f"--{name}", str(value))]
+    cli.main(["train", *flags, "--resume"])  # which ends the talk between processes
+
+
 if __name__ == "__main__":
     faulthandler.dump_traceback_later(600, exit=True)  # rather than hang
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a script has what it starts in the background ignore it
     globals()[sys.argv[1]](Path(sys.argv[2]))

@@ -5,7 +5,7 @@ In: padded rows with their masks. Out: which tokens carry loss, which rows share
 Imports: nothing of this package. Open first: `batching.py`, then `scoring.py`.
 """
 
-from .batching import action_mask, length_groups
+from .batching import action_mask, length_groups, sum_dtype
 from .scoring import Run, equal_number_of_forwards, in_forwards, keep_only, lay_out_contexts, score_tokens
 
 
@@ -18,4 +18,5 @@ __all__ = [
     "lay_out_contexts",
     "length_groups",
     "score_tokens",
+    "sum_dtype",
 ]

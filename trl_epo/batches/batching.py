@@ -4,6 +4,7 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
 
@@ -11,6 +12,11 @@ def action_mask(batch: dict[str, Any]) -> Tensor:
     """The tokens that carry loss, (B, T): those of the completion that the model sampled."""
     mask = batch["completion_mask"]
     return mask * batch["tool_mask"] if "tool_mask" in batch else mask
+
+
+def sum_dtype(device: torch.device) -> torch.dtype:
+    """In what to add up many numbers on a device."""
+    return torch.float32 if device.type == "mps" else torch.float64  # MPS has no float64
 
 
 def length_groups(lengths: Sequence[int], overhead: int, max_tokens: float = math.inf) -> list[list[int]]:

@@ -8,7 +8,7 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 from torch import Tensor
 
-from ..batches import action_mask
+from ..batches import action_mask, sum_dtype
 from ..config import EPOConfig
 from ..entropy import token_mean
 from ..rollouts import Episode
@@ -39,12 +39,16 @@ class CreditAssigner:
         args ([`EPOConfig`]): The settings.
         accelerator ([`~accelerate.Accelerator`]): Gathers groups, and adds up over processes.
         critic ([`Critic`], *optional*): Of `advantage_estimator="gae"`.
+        return_weight (`float`): What an episode's return, and so a turn's reward from the environment, is multiplied by.
     """
 
-    def __init__(self, args: EPOConfig, accelerator: Accelerator, critic: Critic | None = None):
+    def __init__(
+        self, args: EPOConfig, accelerator: Accelerator, critic: Critic | None = None, return_weight: float = 1.0
+    ):
         self.args = args
         self.accelerator = accelerator
         self.critic = critic
+        self.return_weight = return_weight
 
     def flat_episodes(self, episodes: list[Episode]) -> tuple[list[int], int]:
         """Which of these are in groups whose rewards from the environment are all equal; the number of such groups."""
@@ -67,7 +71,7 @@ class CreditAssigner:
             return {}
         own = self._own(len(episodes))
         earned = [
-            [] if episode.failed else turn_rewards(episode.penalised_rewards(args.invalid_action_penalty), total)
+            [] if episode.failed else turn_rewards(self._weighted_rewards(episode), total)
             for episode, total in zip(episodes, rewards[own].tolist(), strict=True)
         ]
         if args.advantage_estimator == "gae":
@@ -103,8 +107,9 @@ class CreditAssigner:
             values = self.critic.values(batch)
         advantages, returns = gae(rewards, values, action, self.args.gamma, self.args.gae_lambda)
         errors = returns - values
-        sums = [part.double()[action].sum() for x in (advantages, values, returns, errors) for part in (x, x**2)]
-        sums = self.accelerator.reduce(torch.stack([*sums, action.sum().double()]), reduction="sum").tolist()
+        dtype = sum_dtype(values.device)
+        sums = [part.to(dtype)[action].sum() for x in (advantages, values, returns, errors) for part in (x, x**2)]
+        sums = self.accelerator.reduce(torch.stack([*sums, action.sum().to(dtype)]), reduction="sum").tolist()
         means = [total / max(sums[-1], 1) for total in sums[:-1]]
         mean, value, mean_return, error = means[::2]
         variance, _, return_variance, error_variance = (
@@ -117,6 +122,10 @@ class CreditAssigner:
         if return_variance > 1e-12:
             metrics["critic/explained_variance"] = 1.0 - error_variance / return_variance
         return metrics
+
+    def _weighted_rewards(self, episode: Episode) -> list[float]:
+        """What each turn's own reward is in the episode's."""
+        return [self.return_weight * reward for reward in episode.penalised_rewards(self.args.invalid_action_penalty)]
 
     def _own(self, num_episodes: int) -> slice:
         """This process's episodes among those of all."""

@@ -32,6 +32,12 @@ from .critic_checkpoint import load_adapter, load_engine, load_model, load_train
 logger = logging.getLogger(__name__)
 
 OWN_WEIGHTS = ("params", "model", "optimizer_dict")  # arguments of optimizers that choose their weights by themselves
+PLAIN_DTYPES = (
+    torch.float16,
+    torch.bfloat16,
+    torch.float32,
+    torch.float64,
+)  # other ones are quantized: codes of numbers
 MODEL_FOLDER = "model"  # below the critic's folder of a checkpoint
 
 
@@ -96,17 +102,29 @@ def make_critic(
         critic = get_peft_model(critic, peft_config, adapter_name=policy.active_adapter)
     if copies_policy:
         with gathered_weights(policy, critic):
-            missing = critic.load_state_dict(policy.state_dict(), strict=False).missing_keys
-        if not_copied := [name for name in missing if not is_of_head(name)]:
-            raise ValueError(
-                f"The policy has no weights named {not_copied[:3]} for its critic (is it quantized?). Set "
-                "`critic_model`."
-            )
+            _copy_weights(policy, critic)
     if adapter is not None:
         with gathered_weights(critic):
             load_adapter(critic, adapter)
     disable_dropout_in_model(critic)
     return critic
+
+
+def _copy_weights(policy: nn.Module, critic: nn.Module) -> None:
+    """Give the critic the policy's weights, all but the head's; raises a `ValueError` if they are not plain numbers."""
+    weights = policy.state_dict()
+    for name, weight in critic.state_dict().items():
+        if is_of_head(name):
+            continue
+        found = weights.get(name)
+        if found is None or found.shape != weight.shape or found.dtype not in PLAIN_DTYPES:
+            has = "no weight" if found is None else f"{str(found.dtype).removeprefix('torch.')} {tuple(found.shape)}"
+            raise ValueError(
+                f"The policy's weights cannot be copied for a critic (is it quantized?): {name!r} is {has} there, but must "
+                f"be {str(weight.dtype).removeprefix('torch.')} {tuple(weight.shape)}. Set `critic_model` to a whole model, "
+                "e.g. the one that the policy was quantized from."
+            )
+    critic.load_state_dict(weights, strict=False)
 
 
 def is_of_head(name: str) -> bool:

@@ -6,8 +6,8 @@ Imports: config, batches. Open first: `objective.py`, the equations as pure func
 """
 
 from .history import EntropyHistory
-from .objective import token_mean, turn_ids_from_mask
+from .objective import cut_share, token_mean, turn_ids_from_mask
 from .term import EntropyTerm, Moment
 
 
-__all__ = ["EntropyHistory", "EntropyTerm", "Moment", "token_mean", "turn_ids_from_mask"]
+__all__ = ["EntropyHistory", "EntropyTerm", "Moment", "cut_share", "token_mean", "turn_ids_from_mask"]

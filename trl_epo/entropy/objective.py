@@ -13,6 +13,32 @@ import torch
 from torch import Tensor
 
 
+def cut_share(log_ratios: Tensor, mask: Tensor, bounds: tuple[float | None, float | None], by_row: bool) -> Tensor:
+    """
+    How many tokens have an importance ratio that is out of bounds, and how many there are.
+
+    Args:
+        log_ratios (`Tensor` of shape `(B, T)`): Logarithms of the tokens' ratios, in nats; NaN counts as 0.
+        mask (`Tensor` of shape `(B, T)`): 1 at the tokens that count.
+        bounds (`tuple`): The lowest and the highest ratio; `None` for no bound.
+        by_row (`bool`): Whether a row has one ratio, the product of its tokens'.
+
+    Returns:
+        `Tensor` of shape `(2,)`.
+    """
+    logs = (log_ratios * mask).nan_to_num(nan=0.0)
+    if by_row:
+        logs = logs.sum(dim=1, keepdim=True).expand_as(mask)
+    ratios = logs.exp()
+    low, high = bounds
+    out = torch.zeros_like(mask, dtype=torch.bool)
+    if low is not None:
+        out |= ratios < low
+    if high is not None:
+        out |= ratios > high
+    return torch.stack([(out * mask).sum(), mask.sum()])
+
+
 def turn_ids_from_mask(mask: Tensor) -> Tensor:
     """
     Number the turns of each row: a turn is an unbroken run of action tokens.

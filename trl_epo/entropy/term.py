@@ -9,7 +9,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-from ..batches import action_mask
+from ..batches import action_mask, sum_dtype
 from ..config import EPOConfig
 from .history import EntropyHistory
 from .objective import (
@@ -166,7 +166,7 @@ class EntropyTerm:
         """
         args, reference = self.args, self._reference(batch, moment)
         turn_ids = batch["turn_ids"]
-        dtype = torch.float32 if entropies.device.type == "mps" else torch.float64  # MPS has no float64
+        dtype = sum_dtype(entropies.device)
         # A token whose entropy is not finite would stay in the history for good; its optimizer step is left out.
         action = action_mask(batch).bool() & entropies.isfinite()
         num_turns = turn_ids.max(dim=1, keepdim=True).values + 1  # (B, 1)

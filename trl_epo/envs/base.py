@@ -16,6 +16,13 @@ class EnvironmentDied(RuntimeError):
     """The process that an environment lives in has died. The episode is lost; the next `reset` starts another process."""
 
 
+class NeighbourTimeout(EnvironmentDied):
+    """
+    The process that several environments live in was ended because another one of them gave no answer. The episode is
+    lost through no fault of its own, and is played again without using up one of its retries.
+    """
+
+
 class InvalidAnswer(ValueError):
     """An answer of an environment that breaks the contract."""
 
@@ -38,7 +45,10 @@ class TextEnv(gymnasium.Env[str, str]):
     - `"task"` (`str`): the kind of task, for success rates per task.
 
     An environment whose calls can be ended from outside may have a method `interrupt()`. It is called from another thread
-    when a call does not return in time, or is not waited for any more; that call then has to raise. `close` follows.
+    when a call does not return in time, or is not waited for any more; that call then has to raise. `close` follows. If
+    that ends other environments too, their calls should raise a [`NeighbourTimeout`]. An attribute `held_up_by_another` may
+    tell that a call has not begun, as another environment is at work, or is about to raise that error; it then gets as much
+    time again.
 
     By convention `"admissible_actions"` (`list[str]`) holds what may be done now, and where that is too much,
     `"action_templates"` (`list[str]`) the forms of actions. Only the default prompt of a window shows them.
@@ -70,6 +80,8 @@ def check_step(result: Any) -> tuple[str, float, bool, bool, dict[str, Any]]:
     observation, reward, terminated, truncated, info = result
     _check_text_and_info("step", observation, info)
     try:
+        if isinstance(reward, str | bytes | bytearray):  # which `float` would read
+            raise TypeError(type(reward).__name__)
         reward = float(reward)
     except Exception as error:  # OverflowError for a large integer, and whatever the object raises
         raise InvalidAnswer(f"`step` returned the reward {_describe(reward)}, but it must be a number.") from error

@@ -21,7 +21,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-from .base import EnvironmentDied, TextEnv
+from .base import EnvironmentDied, NeighbourTimeout, TextEnv
 
 
 if TYPE_CHECKING:
@@ -79,6 +79,8 @@ _UNKNOWN = (
     "Unknown action.  Type 'help' for a list of actions, and 'objects' for a list of possible object referents. "
 )
 _NOT_UNDERSTOOD = ("No known action matches that input.", _UNKNOWN)  # how such replies start
+_DIED = "ScienceWorld's Java process died"
+_GIVEN_UP = "ScienceWorld's Java process was killed, since it gave one of its environments no answer, and died"
 _QUESTIONS = ("help", "objects", "task")  # answered outside the simulated world
 _JAVA_SPACE = "".join(map(chr, range(33)))  # what Java's String.trim takes away
 
@@ -89,6 +91,27 @@ class SimulatorError(RuntimeError):
 
 class SimulatorDied(SimulatorError, EnvironmentDied):
     """ScienceWorld's Java process has died, and with it the episodes of all environments of this process."""
+
+
+class SimulatorGivenUp(SimulatorDied, NeighbourTimeout):
+    """ScienceWorld's Java process was killed, since a call of an environment in it had to be ended."""
+
+
+_waiting: set[int] = set()  # threads that wait for another environment's call
+
+
+@contextmanager
+def _held(lock: threading.Lock) -> Iterator[None]:
+    thread = threading.get_ident()
+    _waiting.add(thread)
+    try:
+        lock.acquire()
+    finally:
+        _waiting.discard(thread)
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def tasks(split: str, names: Sequence[str] | None = None, simplification: str = "easy") -> "Dataset":
@@ -193,9 +216,11 @@ class ScienceWorld(TextEnv):
         self._running = False
         self._turn = 0
         self._score = 0
+        self._thread = 0  # that of the last call
 
     def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[str, dict[str, Any]]:
         super().reset(seed=seed)
+        self._thread = threading.get_ident()
         if unknown := set(options or {}) - set(self.defaults):
             raise ValueError(f"unknown options {sorted(unknown)}: expected {', '.join(self.defaults)}")
         given = {name: value for name, value in (options or {}).items() if value is not None}
@@ -212,6 +237,7 @@ class ScienceWorld(TextEnv):
     def step(self, action: str) -> tuple[str, float, bool, bool, dict[str, Any]]:
         if not self._running:
             raise RuntimeError("no episode is running: it has ended or was never begun. Call env.reset() first.")
+        self._thread = threading.get_ident()
         # Java takes no lone surrogates; white space makes no difference to ScienceWorld except around a number.
         text = " ".join(action.encode("utf-8", "replace").decode().split())
         self._running = False  # should the simulator fail
@@ -243,10 +269,19 @@ class ScienceWorld(TextEnv):
         self._running = False
 
     def interrupt(self) -> None:
-        """Kills the JVM: a call that waits for it raises `SimulatorDied`, and so does the next of each environment in it."""
+        """Kills the JVM: a call that waits for it raises `SimulatorGivenUp`, and so does the next of each environment in it."""
         jvm = _jvm if self._world is None else self._world.jvm
         if jvm is not None:
             jvm.kill()
+
+    @property
+    def held_up_by_another(self) -> bool:
+        """
+        Whether a call waits for another environment to be done with the copy of the simulator that they share, or with
+        starting Java, or is about to raise `SimulatorGivenUp`.
+        """
+        world = self._world
+        return self._thread in _waiting or (world is not None and world.jvm.killed)
 
     def _begin(self, expert: bool = False) -> tuple[str, dict[str, Any], list[str]]:
         self._running = False
@@ -364,9 +399,9 @@ class _Simulator:
         """Keeps the simulator for one environment, its simplifications in force; turns py4j's errors into ours."""
         from py4j.protocol import Py4JError, Py4JJavaError
 
-        with self.lock:
+        with _held(self.lock):
             if self.jvm.ended:
-                raise SimulatorDied(self.jvm.ended)
+                raise self.jvm.death()
             try:
                 if self._server_class is None:
                     self._load_classes()
@@ -380,7 +415,7 @@ class _Simulator:
                 raise SimulatorError(f"ScienceWorld raised {reason}. The episode is lost: call env.reset()") from error
             except Py4JError as error:
                 self.jvm.end(patience=DYING)
-                raise SimulatorDied(self.jvm.ended) from error
+                raise self.jvm.death() from error
 
     def load(self, server: Any, task: str, variation: int, simplification: str, expert: bool) -> str:
         """Begins an episode; returns the simplifications in force, "easy" spelled out."""
@@ -438,7 +473,14 @@ class _Jvm:
         command += ["--die-on-broken-pipe", "--enable-auth", "0"]
         pipe = subprocess.PIPE
         try:
-            self.process = subprocess.Popen(command, cwd=BASEPATH, stdin=pipe, stdout=pipe, stderr=subprocess.DEVNULL)
+            self.process = subprocess.Popen(
+                command,
+                cwd=BASEPATH,
+                stdin=pipe,
+                stdout=pipe,
+                stderr=subprocess.DEVNULL,
+                start_new_session=True,  # a terminal's Ctrl-C is for this process, which may want to play on to the step's end
+            )
         except OSError as error:
             raise SimulatorError(f"Java could not be started: {error}") from error
         atexit.register(self.end)
@@ -457,6 +499,7 @@ class _Jvm:
         self._simulators: list[_Simulator] = []
         self._lock = threading.Lock()
         self.ended = ""  # why no more calls can be made
+        self.killed = False
 
     def wait_until_ready(self) -> None:
         """Wait until calls can be made; `kill` ends that. Raises `SimulatorError` if Java does not come up."""
@@ -466,7 +509,7 @@ class _Jvm:
         except ValueError as error:  # Java wrote a complaint in place of its port, or nothing
             self.end(patience=DYING)
             if self.process.returncode < 0:  # a signal
-                raise SimulatorDied(self.ended) from error
+                raise self.death() from error
             raise SimulatorError(f"Java did not start with the options {self.options}: {answer!r}") from error
         logger.debug("started ScienceWorld's Java process %d", self.process.pid)
 
@@ -485,8 +528,14 @@ class _Jvm:
 
     def kill(self) -> None:
         """Ends the process from any thread, whatever another one waits for in it; no new call begins."""
-        self.ended = self.ended or "ScienceWorld's Java process was killed, for it did not answer. Call env.reset()"
+        if not self.ended:
+            self.killed = True
+            self.ended = f"{_GIVEN_UP}. The episode is lost: call env.reset(), which starts a new process"
         self.process.kill()
+
+    def death(self) -> SimulatorDied:
+        """The error for a call after the end."""
+        return (SimulatorGivenUp if self.killed else SimulatorDied)(self.ended)
 
     def end(self, patience: float = 0) -> None:
         """Ends the process, unless it ends by itself within `patience` seconds."""
@@ -500,7 +549,7 @@ class _Jvm:
         self.process.stdin.close()
         self.process.stdout.close()
         status = self.process.returncode
-        self.ended = f"ScienceWorld's Java process died with exit status {status}"
+        self.ended = f"{_GIVEN_UP if self.killed else _DIED} with exit status {status}"
         if status == 3:
             self.ended += f" as its heap of {HEAP} is full (use fewer environments a process)"
         self.ended += ". The episode is lost: call env.reset(), which starts a new process"
@@ -529,7 +578,7 @@ _jvm_lock = threading.Lock()
 
 def _current_jvm() -> _Jvm:
     global _jvm
-    with _jvm_lock:
+    with _held(_jvm_lock):
         if _jvm is None or not _jvm.alive():
             if _jvm is not None:
                 logger.warning("ScienceWorld's Java process died; starting another")
@@ -544,6 +593,7 @@ def _after_fork() -> None:
     if _jvm is not None:
         _jvm.disown()
     _jvm, _jvm_lock = None, threading.Lock()
+    _waiting.clear()
 
 
 if hasattr(os, "register_at_fork"):

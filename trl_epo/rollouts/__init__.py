@@ -6,7 +6,7 @@ Imports: sampling and what is below; knows no trainer. Open first: `episode.py`,
 (batches and panels, over all processes).
 """
 
-from .argument_checks import check_other_arguments, check_text_episode_arguments
+from .argument_checks import check_other_arguments, check_text_episode_arguments, episode_reward_weights
 from .chat import ChatEncoder
 from .contexts import ContextRules, PastTurn, PromptBuilder, TurnView, build_prompt, describe_turn
 from .dataset_rows import FirstRow, check_first_row, placeholder_dataset
@@ -41,6 +41,7 @@ __all__ = [
     "check_text_episode_arguments",
     "describe_turn",
     "episode_return",
+    "episode_reward_weights",
     "make_environment_pool",
     "parse_action",
     "parse_tagged_action",

@@ -1,13 +1,25 @@
 """Arguments of `EPOTrainer` that do not go together, found before anything is loaded."""
 
+import logging
 from collections.abc import Callable, Sequence
 
 from ..config import EPOConfig
 from ..sampling import make_logits_processors
 
 
-def check_text_episode_arguments(args: EPOConfig, tools: Sequence | None, rollout_func: Callable | None) -> None:
-    """Raise a `ValueError` that names what cannot be used with text episodes."""
+logger = logging.getLogger(__name__)
+
+
+def check_text_episode_arguments(
+    args: EPOConfig, tools: Sequence | None, rollout_func: Callable | None, prompt_builder: Callable | None
+) -> None:
+    """Raise a `ValueError` that names what cannot be used with text episodes; warn of what ends them early."""
+    if prompt_builder is not None and args.context != "window" and args.context_overflow != "window":
+        raise ValueError(
+            f"`prompt_builder` is given, but with `context={args.context!r}` and `context_overflow="
+            f"{args.context_overflow!r}` no prompt is built. Set `context='window'` or `context_overflow='window'`, or leave "
+            "it out."
+        )
     if rollout_func is not None:
         raise ValueError("Give either `rollout_func` or a text environment: the latter has its own rollouts.")
     if tools:
@@ -28,11 +40,20 @@ def check_text_episode_arguments(args: EPOConfig, tools: Sequence | None, rollou
             "`loss_type='dr_grpo'` divides by `max_completion_length`, which is not set: give the longest "
             "episode in tokens, observations included."
         )
+    _warn_of_short_budget(args)
     if args.use_vllm and args.world_size > 1 and (args.vllm_mode == "server" or args.vllm_tensor_parallel_size > 1):
         raise ValueError(
             "Text episodes on several processes cannot share a vLLM engine: TRL wants equally many requests from "
             "each, but episodes end at different turns. Use `vllm_mode='colocate'` with "
             "`vllm_tensor_parallel_size=1`."
+        )
+    bounds = (args.vllm_importance_sampling_clip_min, args.vllm_importance_sampling_clip_max)
+    mode = args.vllm_importance_sampling_mode
+    if args.use_vllm and args.vllm_importance_sampling_correction and mode is None and bounds == (None, None):
+        raise ValueError(
+            "`vllm_importance_sampling_clip_max` is None and `vllm_importance_sampling_clip_min` too, but text episodes "
+            "truncate ratios by default. Set one of them, or `vllm_importance_sampling_mode='token_mask'` for ratios "
+            "without a bound."
         )
     if not args.ds3_gather_for_generation and not args.use_vllm and args.world_size > 1:
         raise ValueError(
@@ -41,8 +62,55 @@ def check_text_episode_arguments(args: EPOConfig, tools: Sequence | None, rollou
         )
 
 
-def check_other_arguments(args: EPOConfig) -> None:
+def _warn_of_short_budget(args: EPOConfig) -> None:
+    """A `max_completion_length` from a script for GRPO, where it is the length of one answer, ends episodes early."""
+    ends_episode = args.context == "transcript" and args.context_overflow == "stop"
+    if args.max_completion_length is None or not ends_episode:
+        return
+    num_turns = args.max_completion_length // args.max_turn_length
+    if num_turns < args.max_turns:
+        logger.warning(
+            "`max_completion_length` is %d tokens for a whole text episode, observations included: without any it holds no "
+            "more than %d turns of `max_turn_length` (%d), but `max_turns` is %d. An episode that has used it up ends "
+            "(`token_budget`). Leave it out for the rest of the model's context.",
+            args.max_completion_length,
+            num_turns,
+            args.max_turn_length,
+            args.max_turns,
+        )
+
+
+def episode_reward_weights(weights: Sequence[float] | None, num_reward_funcs: int) -> list[float]:
+    """
+    The weight of each of the user's reward functions and, last, of the episode's return.
+
+    Raises:
+        ValueError: If `reward_weights` has another length than the functions, with or without one for the return.
+
+    >>> episode_reward_weights([0.5], num_reward_funcs=1)
+    [0.5, 1.0]
+    >>> episode_reward_weights([0.5], num_reward_funcs=0)
+    [0.5]
+    """
+    if weights is None:
+        return [1.0] * (num_reward_funcs + 1)
+    if len(weights) == num_reward_funcs + 1:
+        return list(weights)
+    if len(weights) == num_reward_funcs and weights:
+        return [*weights, 1.0]
+    raise ValueError(
+        f"`reward_weights` is {weights}, but there are {num_reward_funcs} `reward_funcs` and the episode's return: give "
+        f"{num_reward_funcs + 1} numbers, the last one for the return, or leave that one out for a weight of 1."
+    )
+
+
+def check_other_arguments(args: EPOConfig, prompt_builder: Callable | None) -> None:
     """Raise a `ValueError` that names what is for text episodes only."""
+    if prompt_builder is not None:
+        raise ValueError(
+            "`prompt_builder` is for text episodes, but there is no text environment. Give an `environment_factory`, or "
+            "leave it out."
+        )
     if args.advantage_estimator != "grpo" or args.filter_zero_variance_groups or args.context != "transcript":
         raise ValueError(
             f"`advantage_estimator={args.advantage_estimator!r}`, `filter_zero_variance_groups="

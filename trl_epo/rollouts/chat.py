@@ -3,6 +3,7 @@
 import json
 import re
 import secrets
+from collections.abc import Sequence
 from typing import Any
 
 from tokenizers import Tokenizer
@@ -10,6 +11,8 @@ from transformers import PreTrainedTokenizerBase
 
 from ..text import shown, without_surrogates
 
+
+THINK, END_OF_THOUGHT = "<think>", "</think>"
 
 _ROLE = re.compile(r"[A-Za-z0-9_-]+")  # the template writes it among its own text
 
@@ -26,6 +29,10 @@ class ChatEncoder:
         eos_token_ids (`list[int]`): Tokens that end the assistant's turn.
         chat_template (`str`, *optional*): Used instead of the tokenizer's own.
         chat_template_kwargs (`dict`, *optional*): Passed to the template.
+
+    Attributes:
+        opens_thought (`bool`): Whether the assistant's header ends within a thought (`<think>`), which the model goes on
+            with.
 
     Raises:
         ValueError: If the tokenizer has no fast backend or no chat template, or if the template drops or repeats a
@@ -71,12 +78,16 @@ class ChatEncoder:
         position = after_action.index(2)
         self._before_observation: str = "".join(after_action[:position])
         self._after_observation: str = "".join(after_action[position + 1 :])
+        self.opens_thought: bool = THINK in self._after_observation.rpartition(END_OF_THOUGHT)[2]
+        tags = [(i, t) for i, t in tokenizer.added_tokens_decoder.items() if t.content in (THINK, END_OF_THOUGHT)]
+        self._special_tags = {i for i, tag in tags if tag.special}
         # Whatever the vocabulary makes of text (its token for unknown text may be the end of a turn), it is none of these.
         template = "".join(part for part in rendered if isinstance(part, str))
         written = self._added_pattern.findall(template) if self._added_pattern else []
         self._structure = {added[token] for token in written} | (self.eos_token_ids & set(added.values()))
-        start = self._added_pattern.match(self._before_observation.lstrip()) if self._added_pattern else None
-        self._end_of_turn: int | None = self._added_ids[start.group()] if start else None
+        # Not every one stands at the beginning, and what stands there may be the next turn's header.
+        before = self._added_pattern.findall(self._before_observation) if self._added_pattern else []
+        self._ends_of_turn = {added[token] for token in before} & self.eos_token_ids
 
     def encode_prompt(self, messages: list[dict[str, str]]) -> list[int]:
         """
@@ -103,13 +114,21 @@ class ChatEncoder:
 
     def encode_observation(self, observation: str, last_action_token: int) -> list[int]:
         """
-        Token ids that stand between an action and the next one: the end of the assistant's turn unless it was
-        sampled, the observation as a user message, and the assistant's header.
+        Token ids that stand between an action and the next one: the end of the assistant's turn, of which what was
+        sampled is left out, the observation as a user message, and the assistant's header.
         """
         ids = self._encode([(self._before_observation, True), (observation, False), (self._after_observation, True)])
-        if last_action_token in self.eos_token_ids and self._end_of_turn is not None:
-            return ids[ids.index(self._end_of_turn) + 1 :]
-        return ids
+        return ids[ids.index(last_action_token) + 1 :] if last_action_token in self._ends_of_turn else ids
+
+    def decode(self, token_ids: Sequence[int]) -> str:
+        """The text of a turn, without special tokens other than those that tell a thought from what follows it."""
+        text, start = "", 0
+        for end, token in enumerate(token_ids):
+            if token in self._special_tags:
+                text += self.tokenizer.decode(token_ids[start:end], skip_special_tokens=True)
+                text += self.tokenizer.decode([token])
+                start = end + 1
+        return text + self.tokenizer.decode(token_ids[start:], skip_special_tokens=True)
 
     def _render(self, roles: list[tuple[str, int]]) -> list[str | int]:
         """The template's own text, with each message's content replaced by its number."""

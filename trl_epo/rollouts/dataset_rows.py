@@ -1,5 +1,6 @@
 """Dataset rows of text episodes: what they may hold, and rows for environments that need none."""
 
+from numbers import Integral
 from typing import Any, NamedTuple
 
 from datasets import Dataset
@@ -51,6 +52,12 @@ def check_first_row(pool: EnvironmentPool, dataset, max_observation_length: int 
         raise ValueError(
             f"The dataset's `prompt` is {shown(prompt)}, but text episodes need a list of messages, e.g. "
             '`[{"role": "system", "content": "You are …"}]`, or no such column.'
+        )
+    seed = row.get("seed")
+    if seed is not None and (not isinstance(seed, Integral) or isinstance(seed, bool) or seed < 0):
+        raise ValueError(
+            f"The `seed` of the dataset's first row is {shown(seed)}, but must be a whole number of at least 0, with which "
+            "the environment is reset, or there must be no such column."
         )
     name = row.get("environment") if pool.named else None
     if name not in pool.names:

@@ -90,6 +90,14 @@ class EnvironmentWorker:
         return self._num_calls == 1
 
     @property
+    def held_up_by_another(self) -> bool:
+        """Whether its environment tells that its call is held up by another environment."""
+        try:
+            return any(getattr(env.unwrapped, "held_up_by_another", False) for env in self._made)
+        except Exception:
+            return False
+
+    @property
     def is_alive(self) -> bool:
         """Whether it is still to be closed."""
         return self._thread.is_alive()

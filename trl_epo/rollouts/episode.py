@@ -1,14 +1,14 @@
 """What an episode is: turns of sampled tokens and observations, and the training row they make."""
 
 import math
-from dataclasses import asdict, dataclass, field
-from enum import Enum
+from dataclasses import asdict, dataclass, field, replace
+from enum import StrEnum
 from typing import Any
 
 from .failures import Failure
 
 
-class StopReason(str, Enum):
+class StopReason(StrEnum):
     """Why an episode ended."""
 
     TERMINATED = "terminated"  # the environment's own end: goal reached or lost
@@ -37,6 +37,8 @@ class Turn:
         reward (`float`): The environment's reward for the action.
         starts_context (`bool`): Whether the model saw none of the episode's earlier tokens, but a prompt of this
             turn's own.
+        cut_thought (`bool`): Whether the text ends within a thought (`<think>`), which `max_turn_length` has cut or the
+            model did not close.
     """
 
     observation_ids: tuple[int, ...]
@@ -48,6 +50,7 @@ class Turn:
     observation: str
     reward: float
     starts_context: bool = False
+    cut_thought: bool = False
 
 
 @dataclass(frozen=True)
@@ -92,6 +95,11 @@ class Episode:
         return self.stop_reason is StopReason.FAILURE
 
     @property
+    def cut_off(self) -> bool:
+        """Whether a limit ended it: the environment's or the trainer's on turns, or the one on tokens."""
+        return self.stop_reason in (StopReason.TRUNCATED, StopReason.MAX_TURNS, StopReason.TOKEN_BUDGET)
+
+    @property
     def episode_return(self) -> float:
         """The undiscounted sum of the environment's rewards (γ = 1)."""
         return sum(turn.reward for turn in self.turns)
@@ -104,6 +112,11 @@ class Episode:
     def num_invalid_actions(self) -> int:
         """Number of turns whose action was invalid."""
         return sum(turn.invalid for turn in self.turns)
+
+    @property
+    def num_cut_thoughts(self) -> int:
+        """Number of turns that end within a thought."""
+        return sum(turn.cut_thought for turn in self.turns)
 
     @property
     def observations(self) -> list[str]:
@@ -156,6 +169,7 @@ class EpisodeSummary:
     stop_reason: StopReason
     row: int = 0
     num_cut_observations: int = 0
+    num_cut_thoughts: int = 0
 
     @classmethod
     def of(cls, episode: Episode, row: int = 0) -> "EpisodeSummary":
@@ -169,6 +183,7 @@ class EpisodeSummary:
             stop_reason=episode.stop_reason,
             row=row,
             num_cut_observations=episode.num_cut_observations,
+            num_cut_thoughts=episode.num_cut_thoughts,
         )
 
     def as_json(self) -> dict[str, Any]:
@@ -200,6 +215,11 @@ class Row:
     turn_ids: list[int]
     context_ids: list[int]
     logprobs: list[float] | None
+
+    def masked(self) -> "Row":
+        """The same tokens, none of which is trained on."""
+        length = len(self.completion_ids)
+        return replace(self, action_mask=[0] * length, turn_ids=[-1] * length)
 
 
 def episode_row(episode: Episode, placeholder_id: int) -> Row:

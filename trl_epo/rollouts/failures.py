@@ -2,21 +2,22 @@
 
 import traceback
 from dataclasses import dataclass
-from enum import Enum
+from enum import StrEnum
 
-from ..envs.base import EnvironmentDied, InvalidAnswer
+from ..envs.base import EnvironmentDied, InvalidAnswer, NeighbourTimeout
 from ..text import MAX_FAILURE_LENGTH, printable, taken_in
 
 
 MAX_CAUSE_LENGTH = 500  # characters
 
 
-class FailureKind(str, Enum):
+class FailureKind(StrEnum):
     """Why an episode could not be played on."""
 
     CRASH = "crash"  # the environment, or what makes it, raised
     TIMEOUT = "timeout"  # no answer within `env_timeout`
     PROCESS_DIED = "process_died"  # the process that the environment lives in died
+    NEIGHBOUR = "neighbour"  # the process died because another environment in it gave no answer
     INVALID_ANSWER = "invalid_answer"  # an answer that breaks the contract: no text, a reward that is not finite, …
     INPUT = "input"  # not the environment's: the dataset row, the prompt (no room for an action), builder or parser
 
@@ -38,6 +39,8 @@ def kind_of(error: Exception) -> FailureKind:
     """What kind of failure it is when an environment's answer is this error."""
     if isinstance(error, EnvironmentTimeout):
         return FailureKind.TIMEOUT
+    if isinstance(error, NeighbourTimeout):
+        return FailureKind.NEIGHBOUR
     if isinstance(error, EnvironmentDied):
         return FailureKind.PROCESS_DIED
     if isinstance(error, InvalidAnswer):

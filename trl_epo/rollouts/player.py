@@ -251,6 +251,8 @@ class EpisodePlayer:
     def _batch(self, episodes: list[Episode], num_resampled: int) -> PlayedBatch:
         pad_token_id = self._rules.chat.tokenizer.pad_token_id  # stands for the tokens of a failed episode
         rows = [episode_row(episode, pad_token_id) for episode in episodes]
+        if self._args.mask_truncated_completions:
+            rows = [row.masked() if episode.cut_off else row for row, episode in zip(rows, episodes, strict=True)]
         logprobs = [row.logprobs for row in rows]
         windowed = self._args.context == "window" or self._args.context_overflow == "window"
         return PlayedBatch(

@@ -13,6 +13,7 @@ from typing import Any
 
 from ..sampling import Sample, TurnSampler
 from ..text import info_taken_in, name_of, taken_in
+from .chat import END_OF_THOUGHT, THINK
 from .contexts import ContextRules, NextTurn, PastTurn, TurnView
 from .environment_pool import EnvironmentPool, EnvironmentWorker
 from .episode import Episode, StopReason, Turn
@@ -28,29 +29,42 @@ NO_PROMPT = [{"role": "user", "content": ""}]  # of an episode that failed befor
 _ACTION_TAG = re.compile(r"<action>(.*?)</action>", re.DOTALL)
 
 
+def after_thoughts(text: str) -> str | None:
+    """What stands after the last `</think>`, all of a text without thoughts; `None` if a thought is not closed."""
+    rest = text.rpartition(END_OF_THOUGHT)[2]
+    return None if THINK in rest else rest
+
+
 def parse_action(text: str) -> str | None:
     """
-    The default action parser: what stands inside the last `<action>…</action>`, else the whole text.
+    The default action parser: of what follows the last `</think>` what stands inside the last `<action>…</action>`, else
+    all of it.
 
-    Returns `None`, an invalid action, when that is empty.
+    Returns `None`, an invalid action, when that is empty, or when a thought is not closed.
 
     >>> parse_action("<think>The key!</think><action>take key</action>")
     'take key'
-    >>> parse_action("take key")
+    >>> parse_action("<think>The key!</think> take key")
     'take key'
+    >>> parse_action("<think>The key") is None
+    True
     """
+    text = after_thoughts(text) or ""
     tagged = _ACTION_TAG.findall(text)
     return (tagged[-1] if tagged else text).strip() or None
 
 
 def parse_tagged_action(text: str) -> str | None:
     """
-    The paper's action parser: what stands inside the last `<action>…</action>`; without the tags there is no action.
+    The paper's action parser: as [`parse_action`], but without the tags there is no action.
 
     >>> parse_tagged_action("take key") is None
     True
     """
-    return parse_action(text) if _ACTION_TAG.search(text) else None
+    return parse_action(text) if _ACTION_TAG.search(after_thoughts(text) or "") else None
+
+
+IGNORE_THOUGHTS = (parse_action, parse_tagged_action)
 
 
 @dataclass(frozen=True)
@@ -81,7 +95,8 @@ class Limits:
         max_turn_length (`int`): New tokens per action.
         max_concurrent_episodes (`float`): Episodes that are played at once.
         patience (`float`): How long generation waits for an environment's answer before it goes on without, in seconds.
-        max_retries (`int`): How often an episode whose environment fails is played again.
+        max_retries (`int`): How often an episode whose environment fails is played again, not counting failures that come
+            of another one's time-out.
         max_observation_length (`int` or `None`): Longest observation, in characters; longer ones are cut.
     """
 
@@ -109,6 +124,7 @@ class _Playing:
     sample: Sample | None = None  # the action that the environment is to answer; None: `reset`
     text: str = ""
     action: str | None = None
+    cut_thought: bool = False
     not_understood: bool = False  # the environment says so of the last action
     success: bool | None = None
     task: str | None = None
@@ -117,6 +133,7 @@ class _Playing:
     stop_reason: StopReason | None = None
     failures: tuple[Failure, ...] = ()
     deadline: float = math.inf  # when the environment must have answered, on the clock of `time.monotonic`
+    has_more_time: bool = False  # for that answer, as another environment held it up
 
     def reset(self, pool: EnvironmentPool) -> Future:
         """Ask an environment for the first observation: a new one, if another has failed."""
@@ -128,7 +145,7 @@ class _Playing:
                     f"The dataset row has `environment={self.start.environment!r}`, but must name one of {pool.names}."
                 )
             )
-        self.deadline = time.monotonic() + pool.timeout
+        self._start_clock(pool)
         return self.worker.reset(self.start.seed, self.start.options)
 
     def ask(self, index: int, sampler: TurnSampler, limits: Limits) -> None:
@@ -148,17 +165,32 @@ class _Playing:
         """Ask the environment to answer the sampled action."""
         self.sample = sample
         self.context += sample.token_ids
-        self.text = rules.chat.tokenizer.decode(sample.token_ids, skip_special_tokens=True)
+        self.text = rules.chat.decode(sample.token_ids)
+        # A thought that the template has opened is not closed by a text without tags either
+        self.cut_thought = after_thoughts(THINK * rules.chat.opens_thought + self.text) is None
         try:
-            self.action = action_parser(self.text)
+            cut = self.cut_thought and action_parser in IGNORE_THOUGHTS
+            self.action = None if cut else action_parser(self.text)
         except Exception as error:
             bad = BadInput(f"The action parser raised {type(error).__name__}: {error}")
             bad.__cause__ = error
             return _failed(bad)
-        self.deadline = time.monotonic() + pool.timeout
+        self._start_clock(pool)
         return self.worker.step(
             self.action or ""
         )  # no action is an empty one: the environment answers in its own words
+
+    def _start_clock(self, pool: EnvironmentPool) -> None:
+        self.deadline = time.monotonic() + pool.timeout
+        self.has_more_time = False
+
+    def get_more_time(self, pool: EnvironmentPool) -> bool:
+        """Whether the environment gets as much time again, once, since it was another one that took what it had."""
+        if self.has_more_time or not self.worker.held_up_by_another:
+            return False
+        self._start_clock(pool)
+        self.has_more_time = True
+        return True
 
     def give_up_waiting(self, pool: EnvironmentPool) -> Future:
         """The environment has not answered in time: let go of it."""
@@ -186,10 +218,13 @@ class _Playing:
             self.stop_reason = StopReason.FAILURE
             self.prompt = self.prompt or NO_PROMPT
 
-    def may_be_played_again(self, limits: Limits) -> bool:
-        """Whether a failed episode gets another try."""
+    def may_be_played_again(self, limits: Limits, num_timeouts: int) -> bool:
+        """Whether a failed episode gets another try; there have been `num_timeouts`, of all episodes."""
         last = self.failures[-1]
-        retry = last.kind.may_pass and len(self.failures) <= limits.max_retries
+        kinds = [failure.kind for failure in self.failures]
+        # Each time-out of another one excuses one failure at most, and those come to an end, as they use up retries.
+        excused = min(kinds.count(FailureKind.NEIGHBOUR), num_timeouts - kinds.count(FailureKind.TIMEOUT))
+        retry = last.kind.may_pass and len(kinds) - excused <= limits.max_retries
         logger.warning("An episode failed and is %s: %s", "played again" if retry else "left out", last)
         return retry
 
@@ -225,6 +260,7 @@ class _Playing:
                 observation=observation,
                 reward=reward,
                 starts_context=not is_first and self.next_turn.starts_context,
+                cut_thought=self.cut_thought,
             )
         )
         if terminated:
@@ -302,7 +338,8 @@ def play_episodes(
 
     An environment that raises, dies, answers something other than the contract says, or gives no answer within
     `pool.timeout`, costs its own episode. The environment is replaced and the episode played again from its start; after
-    `limits.max_retries` times it ends with [`StopReason.FAILURE`]. What went wrong is in `Episode.failures`.
+    `limits.max_retries` times it ends with [`StopReason.FAILURE`]. A failure that comes of another episode's time-out
+    (`NeighbourTimeout`) is not one of these times. What went wrong is in `Episode.failures`.
 
     Returns:
         `list[Episode]`: In the order of `starts`.
@@ -344,14 +381,17 @@ def _play(
             if not answered:
                 break
             for index in answered:
+                episodes[index].take_answer(answers.pop(index), rules, limits)
+            failures = [failure for episode in episodes for failure in episode.failures]
+            num_timeouts = sum(failure.kind is FailureKind.TIMEOUT for failure in failures)
+            for index in answered:
                 episode = episodes[index]
-                episode.take_answer(answers.pop(index), rules, limits)
                 if episode.stop_reason is None:
                     episode.ask(index, sampler, limits)
                     continue
                 sampler.drop(index)
                 episode.leave(pool)
-                if episode.stop_reason is StopReason.FAILURE and episode.may_be_played_again(limits):
+                if episode.stop_reason is StopReason.FAILURE and episode.may_be_played_again(limits, num_timeouts):
                     episodes[index] = episode.again()
                     answers[index] = episodes[index].reset(pool)
                 else:
@@ -375,9 +415,10 @@ def _wait(
         seconds = min(end - now, next_deadline - now, threading.TIMEOUT_MAX)
         wait([answers[index] for index in wanted], max(seconds, 0.0), return_when)
         now = time.monotonic()
-        for index, answer in answers.items():
-            if not answer.done() and episodes[index].deadline <= now:
-                answers[index] = episodes[index].give_up_waiting(pool)
+        due = [index for index, answer in answers.items() if not answer.done() and episodes[index].deadline <= now]
+        # All of them are asked first: giving one up may free those that it has held up.
+        for index in [index for index in due if not episodes[index].get_more_time(pool)]:
+            answers[index] = episodes[index].give_up_waiting(pool)
 
 
 def _is_enough(answers: list[Future], return_when: str) -> bool:

@@ -6,6 +6,7 @@ Imports: rollouts and what is below. Open first: `checkpoints.py`.
 """
 
 from .checkpoints import (
+    TRAINING_ARGS_NAME,
     CheckpointError,
     begin_checkpoint,
     checkpoint_to_resume,
@@ -14,7 +15,7 @@ from .checkpoints import (
     rotate,
 )
 from .gloo import let_gloo_finish
-from .interruption import EXIT_CODE, Interruption
+from .interruption import NAMES, Interruption, end
 from .nonfinite import NonfiniteSteps, gradient_is_finite, leaves_overflow_to_scaler
 from .randomness import own_randomness
 from .run_state import load_run_state, save_run_state
@@ -31,7 +32,8 @@ from .sharding import (
 
 
 __all__ = [
-    "EXIT_CODE",
+    "NAMES",
+    "TRAINING_ARGS_NAME",
     "CheckpointError",
     "Interruption",
     "NonfiniteSteps",
@@ -40,6 +42,7 @@ __all__ = [
     "check_critic",
     "check_rollouts",
     "checkpoint_to_resume",
+    "end",
     "finish_checkpoint",
     "gathered_weights",
     "gradient_is_finite",

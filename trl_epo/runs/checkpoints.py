@@ -1,7 +1,8 @@
 """
 Whole checkpoints: which folders hold everything that was written to them, and which were cut in the middle.
 
-The last file of a checkpoint is its manifest, which names all others with their sizes. Until then an unfinished one stands
+The last file of a checkpoint is its manifest, which names all others with their sizes, but one that nobody reads and that
+is not pushed to the Hub (`training_args.bin`). Until then an unfinished one stands
 in its place, so that a folder without any was written by someone else (plain TRL, say).
 """
 
@@ -12,7 +13,7 @@ import shutil
 from pathlib import Path
 
 from accelerate.utils import gather_object
-from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer import TRAINER_STATE_NAME, TRAINING_ARGS_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 
@@ -35,7 +36,7 @@ def finish_checkpoint(folder: Path, step: int, world_size: int) -> None:
     """Once all processes have written to it: mark a folder as whole, after its files are on the disk."""
     sizes = {}
     for path in sorted(folder.rglob("*")):
-        if path.is_file() and path.name != MANIFEST:
+        if path.is_file() and path.name not in (MANIFEST, TRAINING_ARGS_NAME):
             with open(path, "rb") as file:
                 os.fsync(file.fileno())  # a network disk may report only now that it is full
             sizes[path.relative_to(folder).as_posix()] = path.stat().st_size
@@ -66,7 +67,7 @@ def what_is_missing(folder: Path) -> str | None:
 def last_whole_checkpoint(run: str | os.PathLike) -> str | None:
     """
     The newest checkpoint of a run's folder that is whole, on every process; `None` if there is none. What is passed over
-    is named in a warning.
+    is named in a warning. Every process calls it, also one that does not see the folder.
     """
     missing = {folder.name: what_is_missing(folder) for folder in _checkpoints(Path(run))}
     everyones = gather_object([missing])
@@ -91,7 +92,7 @@ def checkpoint_to_resume(asked: str | bool | None, run: str) -> str | None:
     if asked is None or asked is False:
         return None
     if asked is True:
-        found = last_whole_checkpoint(run) if os.path.isdir(run) else None
+        found = last_whole_checkpoint(run)
         if found is None:
             raise ValueError(
                 f"`resume_from_checkpoint=True`, but there is no whole checkpoint in {run!r}. Leave it out to begin anew, "

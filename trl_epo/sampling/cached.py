@@ -18,10 +18,11 @@ FORWARD_OVERHEAD = 128  # a forward of its own costs about as much as this many 
 MAX_FORWARD_TOKENS = 16_384  # in one forward, padding included; bounds the memory of long prompts
 
 
-def unfit_for_cached_sampler(model: PreTrainedModel) -> str | None:
+def unfit_for_cached_sampler(model: PreTrainedModel, longest_context: float) -> str | None:
     """
     Why [`CachedTurnSampler`] cannot sample from such a model, or `None` if it can. All of its layers must be attention
-    over the whole context or over a sliding window, and take the mask they are given.
+    over the whole context or over a sliding window, and take the mask they are given. Where a token is rotated (RoPE)
+    must not depend on how long its context is, or another one beside it, up to `longest_context` tokens.
     """
     config = model.config.get_text_config()
     if getattr(config, "alibi", False) or config.model_type == "gpt_neo":
@@ -33,6 +34,20 @@ def unfit_for_cached_sampler(model: PreTrainedModel) -> str | None:
         return f"its attention is {config._attn_implementation!r} (with 'sdpa' it would do)"
     if "position_ids" not in inspect.signature(model.forward).parameters:
         return "it takes no `position_ids`"
+    rope = getattr(config, "rope_parameters", None) or {}
+    for parameters in (rope, *rope.values()):  # of all layers, or by their type
+        rope_type = parameters.get("rope_type", "default") if isinstance(parameters, dict) else "default"
+        if "dynamic" in rope_type:
+            constant_up_to = config.max_position_embeddings
+        elif rope_type == "longrope":
+            constant_up_to = parameters["original_max_position_embeddings"]
+        else:
+            continue
+        if longest_context > constant_up_to:
+            return (
+                f"its rotary embedding is {rope_type!r}, which rotates the tokens that are cached otherwise as soon as "
+                f"a context has more than {constant_up_to} tokens"
+            )
     return None
 
 
@@ -113,6 +128,10 @@ class CachedTurnSampler:
         for row in self._rows:
             if row.episode == episode:
                 row.episode = None
+
+    def close(self) -> None:
+        """Let go of the cache, also while something still holds the sampler, such as the traceback of an error."""
+        self._cache.clear()
 
     @property
     def is_busy(self) -> bool:

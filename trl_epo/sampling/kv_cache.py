@@ -1,5 +1,7 @@
 """The key/value cache of a batch of episodes: one row each, preallocated, without holes; rows come and go."""
 
+import weakref
+
 import torch
 from torch import Tensor
 from transformers import Cache
@@ -15,7 +17,8 @@ class _Layer(CacheLayerMixin):
 
     def __init__(self, cache: "EpisodeCache"):
         super().__init__()
-        self.cache = cache
+        # The cache holds its layers: held by them in turn, only the garbage collector would free its memory, some time.
+        self.cache = weakref.proxy(cache)
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         device = key_states.device.type
@@ -119,6 +122,12 @@ class EpisodeCache(Cache):
             if layer.is_initialized:
                 layer.keys[target, :, : num_tokens + 1] = layer.keys[source, :, : num_tokens + 1]
                 layer.values[target, :, : num_tokens + 1] = layer.values[source, :, : num_tokens + 1]
+
+    def clear(self) -> None:
+        """Let go of all memory, whoever still holds the cache. It cannot be used any more."""
+        for layer in self.layers:
+            layer.keys = layer.values = None
+        self.layers.clear()
 
     def _refit(self) -> None:
         for layer in self.layers:

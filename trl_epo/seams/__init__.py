@@ -6,7 +6,8 @@ has changed (`python -m trl_epo.seams`). Every private name of TRL and of transf
 Imports: every wing below. Open first: `trl.py`; faults and checkpoints: `checkpoints.py`.
 """
 
+from .checkpoints import replaced
 from .trl import SeamedGRPOTrainer
 
 
-__all__ = ["SeamedGRPOTrainer"]
+__all__ = ["SeamedGRPOTrainer", "replaced"]

@@ -5,11 +5,14 @@ The private names of TRL, and of transformers' Trainer below it, that faults, ch
 `_trl_seams.py`.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future
 from contextlib import ExitStack, contextmanager, nullcontext
+from copy import copy
+from functools import cache
 from pathlib import Path
 from shutil import rmtree
-from types import ModuleType
+from signal import Signals
 from typing import Any
 
 import torch
@@ -19,15 +22,18 @@ from torch.distributed import DistError
 from torch.distributed.checkpoint import CheckpointException
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import logging
+from transformers.utils.hub import hf_api
 from trl import GRPOTrainer
 
 from ..runs import (
-    EXIT_CODE,
+    NAMES,
+    TRAINING_ARGS_NAME,
     CheckpointError,
     Interruption,
     NonfiniteSteps,
     begin_checkpoint,
     checkpoint_to_resume,
+    end,
     finish_checkpoint,
     gradient_is_finite,
     last_whole_checkpoint,
@@ -72,6 +78,9 @@ SIGNATURES = {
     ),
     "_get_output_dir": ("self", "trial"),
     "_save_checkpoint": ("self", "model", "trial"),
+    "_push_from_checkpoint": ("self", "checkpoint_folder"),
+    "_finish_current_push": ("self",),
+    "push_to_hub": ("self", "commit_message", "blocking", "token", "revision", "private", "kwargs"),
     "save_model": ("self", "output_dir", "_internal_call"),
     "create_model_card": ("self", "model_name", "dataset_name", "tags"),
     "_determine_best_metric": ("self", "metrics", "trial"),
@@ -102,23 +111,49 @@ GEOMETRY = (
 BEST = ("best_metric", "best_global_step", "best_model_checkpoint")
 # What saves sharded weights: the processes gather them together, then some of them write.
 SHARDED_SAVES = ("save_fsdp_model", "save_fsdp_optimizer")
+# What stays on the machine when Trainer pushes a folder: notes that hold paths and tracebacks; a pickle of all settings, the
+# token of the Hub included; and a checkpoint that was downloaded to resume from, which would take the place of a newer one.
+NOT_PUSHED = ("episodes/*", TRAINING_ARGS_NAME, "last-checkpoint/*")
 
 
 @contextmanager
-def replaced(module: ModuleType, name: str, value: Any) -> Iterator[None]:
-    """While this context lasts, the `module` has another `value` of this name."""
-    usual = getattr(module, name)
-    setattr(module, name, value)
+def replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
+    """While this context lasts, the `owner`, a module or an object, has another `value` of this name."""
+    usual = getattr(owner, name)
+    setattr(owner, name, value)
     try:
         yield
     finally:
-        setattr(module, name, usual)
+        setattr(owner, name, usual)
+
+
+@cache  # one thread for all pushes, so that they arrive in their order
+def _careful_hub() -> Any:
+    """Trainer's Hub, whose `upload_folder` leaves out what is `NOT_PUSHED`; if one in the background fails, the log says so."""
+    hub = copy(hf_api())
+    upload = hub.upload_folder
+
+    def upload_folder(*args, ignore_patterns: Sequence[str] = (), **kwargs):
+        pushed = upload(*args, ignore_patterns=[*ignore_patterns, *NOT_PUSHED], **kwargs)
+        if isinstance(pushed, Future):
+            pushed.add_done_callback(_log_failed_push)
+        return pushed
+
+    hub.upload_folder = upload_folder
+    return hub
+
+
+def _log_failed_push(push: Future) -> None:
+    if not push.cancelled() and (error := push.exception()) is not None:
+        logger.error(
+            f"A push to the Hub failed, so what it was to bring is not there: {type(error).__name__}: {error}"
+        )
 
 
 class FaultTolerantGRPOTrainer(GRPOTrainer):
     """
     `GRPOTrainer` that survives what can go wrong in training: it leaves out optimizer steps that are not finite, ends with a
-    checkpoint on SIGTERM, knows whole checkpoints from cut ones, and goes on from them as if nothing had happened.
+    checkpoint on SIGTERM and Ctrl-C, knows whole checkpoints from cut ones, and goes on from them as if nothing had happened.
     """
 
     def __init__(self, *args, **kwargs):
@@ -173,13 +208,20 @@ class FaultTolerantGRPOTrainer(GRPOTrainer):
             result = super().train(checkpoint, *args, **kwargs)
         if interruption.requested:
             logger.warning(
-                "SIGTERM came after the last step: training is complete, and what follows it is not cut short."
+                f"{NAMES[interruption.signal]} came after the last step: training is complete, and what follows it is not cut "
+                "short."
             )
         return result
 
     def _any_process(self, happened: bool) -> bool:
         """Whether it did on any process; called by all."""
         return bool(self.accelerator.reduce(torch.tensor(float(happened), device=self.accelerator.device), "sum"))
+
+    def _signal_to_end(self) -> Signals | None:
+        """What has asked this process, or another one, to end; called by all."""
+        came = [float(self._interruption.signal == number) for number in NAMES]
+        counts = self.accelerator.reduce(torch.tensor(came, device=self.accelerator.device), "sum").tolist()
+        return next((number for number, count in zip(NAMES, counts, strict=True) if count), None)
 
     def _run_epoch(self, *args, **kwargs):
         if self.state.global_step < self.state.max_steps:
@@ -232,7 +274,7 @@ class FaultTolerantGRPOTrainer(GRPOTrainer):
         self._nonfinite.end_step(not left_out or self.args.fp16)  # in fp16 it is looking for its scale
 
     def _maybe_log_save_evaluate(self, tr_loss, grad_norm, model, trial, *args, **kwargs):
-        stops = self._any_process(self._interruption.requested)
+        stops = self._signal_to_end()
         gives_up = self._nonfinite.in_a_row >= self.args.max_nonfinite_steps
         if stops or gives_up:
             self._must_save = True
@@ -244,10 +286,13 @@ class FaultTolerantGRPOTrainer(GRPOTrainer):
         took_time = self.control.should_evaluate or self.control.should_save
         super()._maybe_log_save_evaluate(tr_loss, grad_norm, model, trial, *args, **kwargs)
         if took_time and not (stops or gives_up):
-            stops = self._must_save = self._any_process(self._interruption.requested)
+            stops = self._signal_to_end()
+            self._must_save = bool(stops)
             if stops and self._saved_step != self.state.global_step:
                 self._save_checkpoint(model, trial)
                 self.control = self.callback_handler.on_save(self.args, self.state, self.control)
+        if stops or gives_up:
+            self._finish_current_push()  # nothing can be uploaded while Python ends
         if gives_up:
             raise FloatingPointError(
                 f"The loss or the gradient was not finite in {self._nonfinite.in_a_row} optimizer steps in a row "
@@ -258,10 +303,10 @@ class FaultTolerantGRPOTrainer(GRPOTrainer):
             )
         if stops:
             logger.warning(
-                f"Ended by SIGTERM after step {self.state.global_step}; `resume_from_checkpoint=True` (on the command line "
+                f"Ended by {NAMES[stops]} after step {self.state.global_step}; `resume_from_checkpoint=True` (on the command line "
                 "`--resume`) goes on from there."
             )
-            raise SystemExit(EXIT_CODE)
+            end(stops)
 
     # Checkpoints
 
@@ -305,6 +350,8 @@ class FaultTolerantGRPOTrainer(GRPOTrainer):
             self._give_up_checkpoint(folder)
         else:
             self._saved_step = self.state.global_step
+            if self.args.push_to_hub:
+                self._push_whole_checkpoint(folder)
             if self.args.should_save:
                 rotate(folder, self.args.save_total_limit, self.state.best_model_checkpoint)
 
@@ -329,7 +376,28 @@ class FaultTolerantGRPOTrainer(GRPOTrainer):
         self._must_save = True
         if self._saved_step != self.state.global_step:
             self._save_checkpoint(self.model, trial=None)
+        self._finish_current_push()
         return Path(self._get_output_dir(trial=None), f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}")
+
+    # The Hub
+
+    def push_to_hub(self, *args, **kwargs):
+        with replaced(transformers.trainer, "hf_api", _careful_hub):
+            return super().push_to_hub(*args, **kwargs)
+
+    def _push_from_checkpoint(self, checkpoint_folder):
+        if not self._saving:  # else it is not whole yet
+            with replaced(transformers.trainer, "hf_api", _careful_hub):
+                super()._push_from_checkpoint(checkpoint_folder)
+
+    def _push_whole_checkpoint(self, folder: Path) -> None:
+        """Begin to push a checkpoint that is whole; the last one of a run that is cut short waits for the one before it."""
+        if self._must_save:
+            self._finish_current_push()
+        try:
+            self._push_from_checkpoint(str(folder))
+        except Exception as error:  # the first process only: the run, and this process's part in it, go on
+            logger.error(f"The checkpoint {folder} could not be pushed to the Hub: {error}", exc_info=error)
 
     def _give_up_checkpoint(self, folder: Path) -> None:
         if self.args.should_save:

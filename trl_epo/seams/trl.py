@@ -6,8 +6,9 @@ Every private name of TRL that this package relies on, and nothing else; those o
 `SIGNATURES` is checked against the installed TRL by `tests/seams/test_trl_seams.py`.
 """
 
+import math
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, closing, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -21,9 +22,16 @@ from trl.trainer import grpo_trainer
 from trl.trainer import utils as trl_utils
 from trl.trainer.utils import RepeatSampler, pad
 
-from ..batches import equal_number_of_forwards, score_tokens
+from ..batches import action_mask, equal_number_of_forwards, score_tokens
+from ..entropy import cut_share
 from ..rollouts import PlayedBatch
-from ..runs import called_alone, check_rollouts, keep_output_precision, set_timeout, shards_with_zero3
+from ..runs import (
+    called_alone,
+    check_rollouts,
+    keep_output_precision,
+    set_timeout,
+    shards_with_zero3,
+)
 from ..sampling import (
     CachedTurnSampler,
     RequestTurnSampler,
@@ -97,6 +105,10 @@ ATTRIBUTES = (
     "chat_template",
     "chat_template_kwargs",
     "max_completion_length",
+    "vllm_importance_sampling_clip_max",
+    "vllm_importance_sampling_clip_min",
+    "vllm_importance_sampling_mode",
+    "mask_truncated_completions",
     "temperature",
     "generation_config",
     "generation_kwargs",
@@ -156,16 +168,18 @@ def _escaped_samples() -> AbstractContextManager[None]:
 class SeamedGRPOTrainer(FaultTolerantGRPOTrainer):
     """`GRPOTrainer` with its private seams under names of our own."""
 
+    # Of the class, so that TRL's methods also work on a trainer that was made without `__init__`, as TRL's tests do.
+    _captured_entropies: list[Tensor] | None = None
+    _loss_inputs: dict[str, Any] | None = None  # what TRL's loss reads, while it is being computed
+    _plays_episodes = False
+    _played_batch: PlayedBatch | None = None
+    # The reward of each episode of the generation batch, over all processes; NaN for those that failed.
+    episode_rewards: Tensor | None = None
+    # Which completion tokens carry loss, (B, T), while they are being scored; None: all of them.
+    _loss_mask: Tensor | None = None
+    loss_context_ids: Tensor | None = None  # the context of each of them, (B, T); None: all are in one
+
     def __init__(self, *args, **kwargs):
-        self._captured_entropies: list[Tensor] | None = None
-        self._loss_inputs: dict[str, Any] | None = None  # what TRL's loss reads, while it is being computed
-        self._plays_episodes = False
-        self._played_batch: PlayedBatch | None = None
-        # The reward of each episode of the generation batch, over all processes; NaN for those that failed.
-        self.episode_rewards: Tensor | None = None
-        # Which completion tokens carry loss, (B, T), while they are being scored; None: all of them.
-        self._loss_mask: Tensor | None = None
-        self.loss_context_ids: Tensor | None = None  # the context of each of them, (B, T); None: all are in one
         super().__init__(*args, **kwargs)
         if self.args.use_cpu and self.accelerator.num_processes > 1:
             set_timeout(self.args.ddp_timeout_delta)  # which transformers passes on for other devices only
@@ -203,20 +217,20 @@ class SeamedGRPOTrainer(FaultTolerantGRPOTrainer):
         self._entropy_bonus_enabled = False
 
     def add_reward_func(self, func, name: str) -> None:
-        """Add a reward function of weight 1 after the user's."""
+        """Add a reward function after the user's, of which the weights do not know yet."""
         self.reward_funcs.append(func)
         self.reward_func_names.append(name)
         self.reward_processing_classes.append(None)
-        self.reward_weights = torch.cat([self.reward_weights, torch.ones(1)])
 
     def use_played_episodes(self) -> None:
         """Take completions from [`set_played_batch`] from now on, instead of generating them."""
         if not self.use_vllm:
-            slow = self.use_transformers_continuous_batching or unfit_for_cached_sampler(self._causal_lm(self.model))
+            slow = self.use_transformers_continuous_batching or self._unfit_for_cached_sampler
             check_rollouts(self.accelerator, calls_whole_model=bool(slow))
         else:
             self._prepare_vllm()
         self._plays_episodes = True
+        self.mask_truncated_completions = False  # TRL's looks at the last token; an episode knows why it ended
         self.rollout_func = lambda prompts, trainer: {
             "prompt_ids": self._played_batch.prompt_ids,
             "completion_ids": self._played_batch.completion_ids,
@@ -239,9 +253,19 @@ class SeamedGRPOTrainer(FaultTolerantGRPOTrainer):
             set_seed(self.args.seed, device_specific=True)
 
     @property
+    def _unfit_for_cached_sampler(self) -> str | None:
+        longest = self.model_context_length or math.inf
+        return unfit_for_cached_sampler(self._causal_lm(self.model), longest)
+
+    @property
+    def model_context_length(self) -> int | None:
+        """The longest context, in tokens, that the model takes; `None` if it has no bound. No episode has a longer one."""
+        return getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
+
+    @property
     def context_length(self) -> int | None:
-        """The longest context, in tokens, that the model takes, and the vLLM engine if there is one; `None`: no bound is known."""
-        bounds = [getattr(self.model.config.get_text_config(), "max_position_embeddings", None)]
+        """The same of the model and, if there is one, the vLLM engine, as far as this process knows."""
+        bounds = [self.model_context_length]
         if self.use_vllm:
             bounds.append(self.args.vllm_max_model_length)
             if self.vllm_mode == "colocate":
@@ -327,7 +351,7 @@ class SeamedGRPOTrainer(FaultTolerantGRPOTrainer):
         """A sampler over the current weights; the model is in evaluation mode meanwhile."""
         was_training = self.model.training
         by_request = self.use_vllm or self.use_transformers_continuous_batching
-        unfit = None if by_request else unfit_for_cached_sampler(self._causal_lm(self.model))
+        unfit = None if by_request else self._unfit_for_cached_sampler
         if by_request or unfit:
             if unfit:
                 logger.warning_once(f"Each turn of a text episode reads its whole transcript again: {unfit}.")
@@ -356,13 +380,15 @@ class SeamedGRPOTrainer(FaultTolerantGRPOTrainer):
             model.eval()
             settings = {name: getattr(self, name) for name in SAMPLING_SETTINGS} | (self.args.generation_kwargs or {})
             try:
-                yield CachedTurnSampler(
+                sampler = CachedTurnSampler(
                     model,
                     eos_token_ids=self.eos_token_ids,
                     pad_token_id=self._tokenizer.pad_token_id,
                     temperature=settings["temperature"],
                     processors=make_logits_processors(self.accelerator.device, **settings),
                 )
+                with closing(sampler):
+                    yield sampler
             finally:
                 model.train(was_training)
 
@@ -456,9 +482,23 @@ class SeamedGRPOTrainer(FaultTolerantGRPOTrainer):
 
     def _generate_and_score_completions(self, inputs):
         try:
-            return self.extend_batch(super()._generate_and_score_completions(self.prepare_rows(inputs)))
+            batch = super()._generate_and_score_completions(self.prepare_rows(inputs))
+            if "importance_sampling_ratio" in batch and not (self._plays_episodes and self.mode == "eval"):
+                self._log_cut_ratios(batch)
+            return self.extend_batch(batch)
         finally:
             self._played_batch = self._loss_mask = self.loss_context_ids = None
+
+    def _log_cut_ratios(self, batch: dict[str, Any]) -> None:
+        """Log the share of action tokens whose ratio of vLLM's and the trainer's probabilities TRL truncates or masks."""
+        counts = cut_share(
+            batch["old_per_token_logps"] - batch["sampling_per_token_logps"],
+            action_mask(batch),
+            (self.vllm_importance_sampling_clip_min, self.vllm_importance_sampling_clip_max),
+            by_row=self.vllm_importance_sampling_mode.startswith("sequence"),
+        )
+        num_cut, num_tokens = self.accelerator.reduce(counts, reduction="sum").tolist()
+        self.add_metrics({"sampling/importance_sampling_ratio/cut": num_cut / max(num_tokens, 1)})
 
     def _generate_single_turn(self, *args, **kwargs):
         was_training = self.model.training
