@@ -33,7 +33,15 @@ EXTRAS = {
     "alfworld": ["alfworld>=0.4.2,<0.5", "textworld[pddl]>=1.7,<1.8"],
     "plot": ["matplotlib>=3.8"],
 }
-EXTRAS["dev"] = [*EXTRAS["scienceworld"], *EXTRAS["plot"], "hypothesis", "psutil", "pytest", "ruff==0.17.6"]
+EXTRAS["dev"] = [
+    *EXTRAS["scienceworld"],
+    *EXTRAS["plot"],
+    "hypothesis",
+    "psutil",
+    "pytest",
+    "ruff==0.17.6",
+    "selenium>=4.20",
+]
 
 setup(
     name="trl-epo",
@@ -44,6 +52,7 @@ setup(
     license="Apache-2.0",
     license_files=["LICENSE"],
     packages=find_packages(include=["trl_epo", "trl_epo.*"]),
+    package_data={"trl_epo.reports": ["viewer_page/*"]},
     python_requires=">=3.10",
     install_requires=REQUIREMENTS,
     extras_require=EXTRAS,

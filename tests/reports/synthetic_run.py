@@ -96,7 +96,9 @@ def play(policy: Policy, seed: int, step: int, options: dict[str, Any], env: Hou
     observation, info = env.reset(seed=seed, options=options)
     first, task = observation, observation.split(". ")[0].removeprefix("Your task: ")
     turns, terminated, truncated = [], False, False
-    prompt = f"<|im_start|>system\n{SYSTEM}<|im_end|>\n<|im_start|>user\n{observation}<|im_end|>\n<|im_start|>assistant\n"
+    prompt = (
+        f"<|im_start|>system\n{SYSTEM}<|im_end|>\n<|im_start|>user\n{observation}<|im_end|>\n<|im_start|>assistant\n"
+    )
     while not (terminated or truncated):
         text, cut = policy.answer(env, info, step, task)
         found = re.search(r"<action>(.*?)</action>", text)
@@ -154,7 +156,12 @@ def train_batch(policy: Policy, step: int, groups: int, group_size: int, env: Ho
             rows.append(episode | place | {"environment": None})
     if step and step % 40 == 0:  # now and then a process of the environment dies
         failure = {"kind": "process_died", "turn": 2, "cause": "the environment's process ended with exit code -9"}
-        rows[-1] |= {"failures": [failure] * 2, "stop_reason": "failure", "success": None, "turns": rows[-1]["turns"][:2]}
+        rows[-1] |= {
+            "failures": [failure] * 2,
+            "stop_reason": "failure",
+            "success": None,
+            "turns": rows[-1]["turns"][:2],
+        }
         rows[-1]["num_turns"] = 2
     return rows
 

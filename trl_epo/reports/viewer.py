@@ -79,7 +79,9 @@ def write_viewer(runs: Sequence[str | os.PathLike], output: str | os.PathLike) -
                 f"{folder} has neither a log (trainer_state.json, in it or in a checkpoint-*) nor kept episodes "
                 "(episodes/**/*.parquet): pass the `output_dir` of a training that has saved a checkpoint or kept episodes."
             )
-        curves.append({"name": name, "logged": log is not None, **(_curves(log) if log else _curves_of_episodes(kept))})
+        curves.append(
+            {"name": name, "logged": log is not None, **(_curves(log) if log else _curves_of_episodes(kept))}
+        )
         episodes += kept
 
     order = _representative_order(episodes)
@@ -131,7 +133,6 @@ def _kept_episodes(folder: Path, run: str) -> list[dict[str, Any]]:
     from .episode_schema import SCHEMA
 
     columns = [name for name in SCHEMA.names if name not in ("turns", "failures", "first_observation")]
-    starts: dict[tuple, int] = {}
     episodes = []
     for path in sorted((folder / "episodes").rglob("*.parquet")):
         try:
@@ -178,7 +179,9 @@ def _of_turns(file: "pq.ParquetFile", fields: Sequence[str]) -> list[str]:
     """The columns of a file that hold these fields of turns."""
     paths = [file.schema.column(number).path for number in range(len(file.schema.names))]
     parts = [path.split(".") for path in paths]
-    return [path for path, part in zip(paths, parts, strict=True) if part[0] == "turns" and part[3:4] and part[3] in fields]
+    return [
+        path for path, part in zip(paths, parts, strict=True) if part[0] == "turns" and part[3:4] and part[3] in fields
+    ]
 
 
 def _mean_entropies(turns: "pa.ListArray") -> list[float | None]:
@@ -342,7 +345,8 @@ def _tokens(row: dict[str, Any]) -> list[Any]:
 
 
 def _numbers(values: Iterable[float] | None) -> list[float | None]:
-    return [_number(value) for value in values or ()]
+    # `_number` of each; there are millions
+    return [round(value, 4) if value is not None and math.isfinite(value) else None for value in values or ()]
 
 
 # ---------------------------------------------------------------------------------------------------------------- page

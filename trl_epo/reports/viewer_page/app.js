@@ -46,8 +46,10 @@ function number(value, digits = 2) {
   const text = Math.abs(value) >= 1000 ? Math.round(value).toLocaleString("en") : value.toFixed(digits);
   return text.replace("-", "−");
 }
+// Three significant digits, or so.
+const brief = (value) => number(value, value == null || Math.abs(value) < 1 ? 3 : Math.abs(value) < 10 ? 2 : 1);
 const signed = (value, digits = 2) => (value > 0 ? "+" : "") + number(value, digits);
-const percent = (value, digits = 0) => (value == null ? "–" : `${(100 * value).toFixed(digits)} %`);
+const percent = (value, digits = 0) => (value == null ? "–" : `${+(100 * value).toFixed(digits)} %`);
 const many = (count, noun) => `${count.toLocaleString("en")} ${noun}${count === 1 ? "" : "s"}`;
 const mean = (values) => values.reduce((sum, value) => sum + value, 0) / values.length;
 const clamp = (value, low, high) => Math.min(Math.max(value, low), high);
@@ -119,7 +121,7 @@ function chartSpecs() {
         ["early", run.train.entropy_early_turns, { role: 0 }],
         ["late", run.train.entropy_late_turns, { role: 1, dash: [6, 3] }],
       ] },
-    { title: "Tokens outside the corridor", about: "Below it the floor acts, above it the cap.", unit: "share",
+    { title: "Outside the corridor", about: "Share of tokens: below it the floor acts, above it the cap.", unit: "share",
       lines: (run) => [
         ["below: floor", run.train.below_corridor, { role: "below" }],
         ["above: cap", run.train.above_corridor, { role: "above", dash: [6, 3] }],
@@ -175,9 +177,9 @@ function drawCharts() {
 
 function drawChart(spec, lines, limits) {
   const tables = [];
-  const series = [{ label: "step", value: (u, value) => (value == null ? "" : number(value, 0)) }];
+  const series = [{ label: "step", value: (u, value, place, at) => number(u.data[0][at ?? u.data[0].length - 1], 0) }];
   const bands = [];
-  const show = spec.unit === "share" ? (value) => percent(value, 1) : (value) => number(value, 3);
+  const show = spec.unit === "share" ? (value) => percent(value, 1) : brief;
   for (const { label, series: points, style, run } of lines) {
     const stroke = strokeOf(style, run);
     tables.push(points);
@@ -212,10 +214,10 @@ function drawChart(spec, lines, limits) {
     h("header", {}, h("h2", {}, spec.title), ends), h("p", {}, spec.about), box));
   const axis = { stroke: color("muted"), grid: { stroke: color("line"), width: 1 }, ticks: { show: false }, font: "11px system-ui" };
   const plot = new uPlot({
-    width: box.clientWidth, height: spec.wide ? 230 : 180,
+    width: box.clientWidth, height: spec.wide ? 230 : 180, padding: [8, 10, 0, 0],
     scales: { x: { time: false, range: limits }, y: { range: (u, low, high) => rangeOf(spec, low, high) } },
     axes: [
-      { ...axis, size: 24, gap: 3 },
+      { ...axis, size: 26, gap: 5 },
       { ...axis, size: 46, gap: 4, values: (u, ticks) => ticks.map((tick) => (spec.unit === "share" ? percent(tick) : String(+tick.toFixed(6)).replace("-", "−"))) },
     ],
     series, bands,
@@ -224,7 +226,7 @@ function drawChart(spec, lines, limits) {
       sync: { key: "steps", filters: { pub: (type) => type === "mousemove" || type === "mouseleave" } },
       points: { size: 7 },
     },
-    legend: { live: true },
+    legend: { live: true, markers: { dash: (u, place) => ({ undefined: "solid", 3: "dotted" })[u.series[place].dash?.[0]] ?? "dashed" } },
     hooks: {
       drawClear: [drawRange],
       setSelect: [(u) => chooseRange(u)],
@@ -401,7 +403,7 @@ function makeFilters() {
     h("label", { class: "search" }, h("span", { class: "hidden-label" }, "Search the texts"),
       h("input", { id: "f-text", class: "search", type: "search", placeholder: "Search the texts   ( / )", input: search })),
     select("f-run", "All runs", counted((n) => episodes.run[n])),
-    select("f-set", "Training and panels", counted(setOf), (set) => (set === "train" ? "training" : set)),
+    select("f-set", "All sets", counted(setOf), (set) => (set === "train" ? "training" : set)),
     select("f-task", "All tasks", counted(taskOf)),
     select("f-success", "Any outcome", counted((n) => outcome(n).word)),
     select("f-stop", "Any end", counted((n) => episodes.stop_reason[n])),
@@ -500,7 +502,7 @@ function listRow(n, place) {
     "aria-posinset": place + 1, "aria-setsize": state.listed.length, click: () => open(n),
   },
   h("div", {}, mark(n), h("span", { class: "hidden-label" }, outcome(n).word), runMark(runOf(n)),
-    h("span", { class: "what" }, oneLine(taskOf(n)) || `row ${e.row[n]}`),
+    h("span", { class: "what" }, oneLine(taskOf(n)) || "episode"), h("span", { class: "muted" }, `row ${e.row[n]}`),
     h("span", { class: "return number", title: "Return" }, number(e.return[n]))),
   h("div", { class: "under number" }, h("span", {}, `step ${e.step[n]} · ${set} · ${many(e.num_turns[n], "turn")}${invalid}`),
     h("span", { class: "end", title: "Why it ended" }, oneLine(e.stop_reason[n]))));
@@ -695,12 +697,11 @@ function scaleOf(loaded) {
   const caps = loaded.map(({ n }) => episodes.corridor_high[n]).filter((cap) => cap != null);
   const seen = loaded.flatMap(({ tokens }) => (tokens ?? []).flatMap((turn) => turn[2])).filter((value) => value != null).sort((a, b) => a - b);
   const advantages = loaded.flatMap(({ turns }) => turns.map((turn) => Math.abs(turn[8] ?? 0)));
-  const last = loaded[loaded.length - 1].n;
   return {
     entropy: caps.length ? 2 * Math.max(...caps) : Math.max(seen[Math.floor(seen.length * 0.98)] ?? 0, 0.1),
     logprob: 6,
     advantage: advantages.reduce((a, b) => Math.max(a, b), 0) || 1,
-    low: episodes.corridor_low[last], high: episodes.corridor_high[last],
+    corridors: loaded.map(({ n }) => [episodes.corridor_low[n], episodes.corridor_high[n]]).filter(([low, high]) => low != null && high != null),
   };
 }
 
@@ -725,8 +726,8 @@ function scaleLegend(scale) {
   const ramp = h("span", { class: `ramp ${shade}`, "aria-hidden": "true" });
   const parts = { entropy: ["0", `${number(scale.entropy)} nats`], logprob: ["0", "−6 nats"], advantage: [number(-scale.advantage), number(scale.advantage)] }[shade];
   const legend = h("div", { class: "scale number", id: "scale" }, parts[0], ramp, parts[1]);
-  if (shade === "entropy" && scale.low != null) {
-    for (const [name, value] of [["floor", scale.low], ["cap", scale.high]]) {
+  if (shade === "entropy" && scale.corridors.length) {
+    for (const [name, value] of scale.corridors.flatMap(([low, high]) => [["floor", low], ["cap", high]])) {
       const line = h("i", { class: name, title: `${name}: ${number(value)} nats` });
       line.style.left = `${clamp(100 * value / scale.entropy, 0, 100)}%`;
       ramp.append(line);
@@ -872,7 +873,7 @@ function showHelp() {
     h("h3", {}, "Tokens"), h("p", {}, "The darker a token, the higher its entropy. ", h("span", { class: "tok above" }, "Underlined"), ": above the cap, so the penalty pushes its entropy down. ",
       h("span", { class: "tok below" }, "Dotted"), ": below the floor, so the penalty pushes it up. Point at a token for its values. ",
       "Characters that hide or reorder text are written out, as in ", h("span", { class: "escaped" }, "\\u202e"), "."),
-    h("form", { method: "dialog", class: "hint" }, h("button", { class: "button" }, "Close")));
+    h("p", { class: "hint" }, h("button", { class: "button", click: () => $("help").close() }, "Close")));
   $("help").showModal();
 }
 
