@@ -184,6 +184,8 @@ def test_an_episode_turn_by_turn(page, files, runs):
     assert len(page.all(".turn .tok.above")) == sum(value > episode["corridor_high"] for value in entropies) > 0
     assert len(page.all(".turn .tok.below")) == sum(value < episode["corridor_low"] for value in entropies) > 0
 
+    assert page.all(".about .turn-chart .u-over")  # entropy of each turn
+
     token = 4
     page.point_at(page.all(".turn:nth-of-type(1) .tok, .turn .tok")[token])
     page.wait(lambda: page.run("return !document.getElementById('tip').hidden"))

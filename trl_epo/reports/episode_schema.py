@@ -25,9 +25,7 @@ TURN = pa.struct(
         pa.field("token_ids", pa.list_(pa.int32())),  # the sampled tokens, special ones included
         pa.field("tokens", pa.list_(pa.string())),  # the same as pieces of text
         pa.field("logprobs", pa.list_(pa.float32())),  # of each token, in nats; null where unknown
-        pa.field(
-            "entropies", pa.list_(pa.float32())
-        ),  # of the distribution at each token, in nats; null where unknown
+        pa.field("entropies", pa.list_(pa.float32())),  # of the distribution at each, in nats; null where unknown
     ]
 )
 

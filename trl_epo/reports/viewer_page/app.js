@@ -110,7 +110,7 @@ function chartSpecs() {
     { title: "Entropy in its corridor", about: "Mean over action tokens, nats; shaded: between floor and cap.", wide: true,
       lines: (run) => [
         ["entropy", run.train.entropy, { role: 0, low: run.train.corridor_low, high: run.train.corridor_high }],
-        ["reference", run.train.entropy_reference, { role: "grey", dash: [5, 4] }],
+        ["reference", run.train.entropy_reference, { role: "grey", dash: [5, 4], faint: twoRuns }],
       ] },
     { title: "Return", about: "Mean undiscounted return.", lines: withPanels("return") },
     { title: "Turns", about: "Mean number of turns.", lines: withPanels("turns") },
@@ -145,7 +145,7 @@ function product(series, weights) {
 }
 
 function strokeOf(style, run) {
-  if (typeof style.role === "string") return color(twoRuns && style.role !== "grey" ? LETTERS[run] : style.role);
+  if (typeof style.role === "string") return color(twoRuns ? LETTERS[run] : style.role);
   return color(LETTERS[twoRuns ? run : style.role % LETTERS.length]);
 }
 
@@ -571,7 +571,12 @@ const groupKey = (n) => JSON.stringify([episodes.run[n], setOf(n), episodes.step
 
 function kinOf(name, key, n) {
   const map = kin[name];
-  if (!map.size) for (const m of all()) map.set(key(m), [...(map.get(key(m)) ?? []), m]);
+  if (!map.size) {
+    for (const m of all()) {
+      if (!map.has(key(m))) map.set(key(m), []);
+      map.get(key(m)).push(m);
+    }
+  }
   return map.get(key(n)).filter((m) => m !== n);
 }
 const sameStart = (n) => kinOf("start", startKey, n).filter((m) => episodes.step[m] !== episodes.step[n] || episodes.run[m] !== episodes.run[n]);
@@ -624,22 +629,60 @@ function about(episode, loaded, side) {
     row: e.row[n], group: e.group[n], seed: e.seed[n], temperature: e.temperature[n],
     environment: e.environment[n] && oneLine(e.environment[n]), options: episode.options && episode.options !== "{}" ? oneLine(episode.options) : null,
   };
+  const near = (a, b) => Math.abs(e.step[a] - e.step[n]) - Math.abs(e.step[b] - e.step[n]) || a - b;
   const kinRow = (label, numbers, name) => numbers.length ? h("div", { class: "kin" }, h("span", {}, label),
-    [...numbers, n].sort((a, b) => a - b).slice(0, 48).map((m) => h("button", {
+    [...numbers.sort(near).slice(0, 40), n].sort((a, b) => a - b).map((m) => h("button", {
       class: "chip number", "aria-current": String(m === n), title: `${outcome(m).word}, return ${number(e.return[m])}: show beside`,
       click: () => m !== n && (loaded.length === 2 && side === 0 ? open(m, loaded[1].n) : open(m, loaded.length === 2 ? loaded[0].n : n)),
-    }, runMark(runOf(m)), mark(m), name(m))), numbers.length > 47 ? "…" : null) : null;
+    }, runMark(runOf(m)), mark(m), name(m))), numbers.length > 40 ? `and ${numbers.length - 40} more` : null) : null;
   const close = loaded.length === 2 ? h("button", { class: "button", click: () => open(loaded[1 - side].n, null) }, "Close") : null;
   return h("section", { class: "about" },
     h("h2", {}, mark(n), runMark(runOf(n)), h("span", {}, twoRuns ? `${oneLine(e.run[n])}: ` : "", oneLine(taskOf(n)) || `row ${e.row[n]}`,
       `, step ${e.step[n]}`), close),
     h("dl", { class: "facts number" }, Object.entries(facts).filter(([, value]) => value != null && value !== "")
       .map(([name, value]) => h("div", {}, h("dt", {}, name), h("dd", {}, value)))),
+    turnChart(episode, loaded),
     kinRow("Same start at step", sameStart(n), (m) => String(e.step[m])),
     kinRow("Same group", sameGroup(n), (m) => number(e.return[m])),
     episode.failures.map(({ kind, turn, cause }, place) => h("div", { class: "failure" },
       `Attempt ${place + 1} failed after ${many(turn ?? 0, "turn")}: ${oneLine(kind)}`, h("pre", {}, shown(cause ?? "")))),
     episode.tokens ? null : h("p", { class: "muted" }, "The page is too large for the tokens of all episodes: it has the texts alone of this one."));
+}
+
+const turnMeans = ({ tokens }) => (tokens ?? []).map(([, , entropies]) => {
+  const known = entropies.filter((value) => value != null);
+  return known.length ? mean(known) : null;
+});
+
+// Mean entropy of each turn in the corridor; a click leads to the turn. Episodes beside each other have the same scales.
+function turnChart(episode, loaded) {
+  const means = turnMeans(episode);
+  if (means.filter((value) => value != null).length < 2) return null;
+  const length = Math.max(...loaded.map(({ turns }) => turns.length));
+  const top = Math.max(...loaded.flatMap((other) => [episodes.corridor_high[other.n] ?? 0, ...turnMeans(other)]));
+  const box = h("div", { class: "turn-chart", role: "img", "aria-label": `Mean entropy of each turn: ${means.map((value) => number(value)).join(", ")} nats` });
+  const [low, high] = [episodes.corridor_low[episode.n], episodes.corridor_high[episode.n]];
+  const stroke = color(LETTERS[twoRuns ? runOf(episode.n) : 0]);
+  const edge = { stroke: "transparent", points: { show: false } };
+  const axis = { stroke: color("muted"), grid: { stroke: color("line"), width: 1 }, ticks: { show: false }, font: "11px system-ui" };
+  // Its width is known only once it is in the document.
+  requestAnimationFrame(() => {
+    if (!box.isConnected) return;
+    const plot = new uPlot({
+      width: box.clientWidth, height: 96, padding: [6, 8, 0, 0], legend: { show: false },
+      scales: { x: { time: false, range: [0.5, length + 0.5] }, y: { range: [0, 1.1 * top || 1] } },
+      axes: [{ ...axis, size: 22, gap: 3, incrs: [1, 2, 5, 10, 20, 50, 100] }, { ...axis, size: 46, gap: 4, space: 24, label: null }],
+      series: [{}, { stroke, width: 2, points: { show: true, size: 5, fill: stroke } }, edge, edge],
+      bands: [{ series: [2, 3], fill: withAlpha(stroke, 0.13) }],
+      cursor: { drag: { x: false, y: false }, y: false },
+      hooks: { ready: [(u) => u.over.addEventListener("click", () => {
+        const turns = $("detail").querySelectorAll(`.turn[data-episode="${episode.n}"]`);
+        turns[clamp(Math.round(u.posToVal(u.cursor.left, "x")), 1, turns.length) - 1]?.scrollIntoView({ block: "center" });
+      })] },
+    }, [means.map((_, place) => place + 1), means, means.map(() => high), means.map(() => low)], box);
+    plot.over.title = "A click leads to the turn";
+  });
+  return h("figure", {}, h("figcaption", {}, `Mean entropy of each turn, nats${low == null ? "" : "; shaded: its corridor"}`), box);
 }
 
 function says(label, text) {
@@ -659,7 +702,7 @@ function turn(episode, place, scale) {
   body.place = place;
   const details = h("details", { toggle: () => { if (!details.querySelector("pre")) details.append(h("pre", {}, shown(prompt ?? ""))); } },
     h("summary", {}, `Prompt the model saw · ${many((prompt ?? "").length, "character")}${startsContext && place ? " · new context" : ""}`));
-  return h("article", { class: "turn", "aria-label": `Turn ${place + 1}` },
+  return h("article", { class: "turn", "data-episode": episode.n, "aria-label": `Turn ${place + 1}` },
     h("header", { class: "number" }, h("h3", {}, `Turn ${place + 1}`),
       valid === false ? h("span", { class: "tag bad" }, "invalid") : null, cut ? h("span", { class: "tag bad" }, "cut by the token limit") : null,
       startsContext && place ? h("span", { class: "tag" }, "new context") : null, h("span", { class: "grow" }),
@@ -852,7 +895,10 @@ let chosenTheme = null;
 
 function applyTheme() {
   document.documentElement.dataset.theme = chosenTheme ?? (systemDark.matches ? "dark" : "light");
-  if (runs) drawCharts();
+  if (runs) {
+    drawCharts();
+    redrawDetail();
+  }
 }
 
 function toggleTheme() {
