@@ -808,6 +808,13 @@ function showTip(body, at) {
   $("tip").style.top = `${box.bottom + tip.height + 10 > innerHeight ? box.top - tip.height - 6 : box.bottom + 8}px`;
 }
 
+// After scrolling: with the token that the pointer is still on, or away.
+function moveTip() {
+  const here = document.querySelector(".tok.here");
+  if (here?.matches(":hover")) showTip(here.closest(".said"), Number(here.dataset.at));
+  else hideTip();
+}
+
 function hideTip() {
   $("tip").hidden = true;
   for (const other of document.querySelectorAll(".tok.here")) other.classList.remove("here");
@@ -978,7 +985,7 @@ function listen() {
     else hideTip();
   });
   $("detail").addEventListener("mouseleave", hideTip);
-  $("detail").addEventListener("scroll", hideTip, { passive: true });
+  $("detail").addEventListener("scroll", moveTip, { passive: true });
   $("detail").addEventListener("focusout", hideTip);
 }
 
