@@ -49,7 +49,9 @@ def main() -> None:
                 page.press("zzz")
                 page.wait(lambda: page.text("#found span") == "0 episodes")
                 searched = time.perf_counter() - start
-                print(f"list and curves after {ready:,.0f} ms, an episode after {opened:,.0f} ms, a search {searched:.1f} s")
+                print(
+                    f"list and curves after {ready:,.0f} ms, an episode after {opened:,.0f} ms, a search {searched:.1f} s"
+                )
 
 
 if __name__ == "__main__":

@@ -162,7 +162,7 @@ def train_batch(policy: Policy, step: int, groups: int, group_size: int, env: Ho
             "success": None,
             "turns": rows[-1]["turns"][:2],
         }
-        rows[-1]["num_turns"] = 2
+        rows[-1] |= {"num_turns": 2, "return": 0.0}
     return rows
 
 

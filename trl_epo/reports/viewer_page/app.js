@@ -708,8 +708,10 @@ function turn(episode, place, scale) {
       startsContext && place ? h("span", { class: "tag" }, "new context") : null, h("span", { class: "grow" }),
       h("span", { class: "muted" }, "reward ", h("b", { class: reward > 0 ? "good" : reward < 0 ? "bad" : "" }, signed(reward))),
       advantage == null ? null : h("span", { class: "muted" }, "advantage ", h("b", { class: advantage > 0 ? "good" : advantage < 0 ? "bad" : "" }, signed(advantage))),
-      entropies.length ? h("span", { class: "muted", title: "Mean entropy, nats; tokens above the cap and below the floor" }, `entropy ${number(mean(entropies))}`,
-        episodes.corridor_low[episode.n] == null ? "" : ` · ${where("above")} above, ${where("below")} below`) : null),
+      entropies.length ? h("span", { class: "muted", title: "Mean entropy, nats" }, `entropy ${number(mean(entropies))}`) : null,
+      entropies.length && episodes.corridor_low[episode.n] != null ? h("span", { title: "Tokens above the cap, and below the floor" },
+        h("span", { class: "above-mark", "aria-label": `${where("above")} above the cap` }, `▲${where("above")}`), " ",
+        h("span", { class: "below-mark", "aria-label": `${where("below")} below the floor` }, `▼${where("below")}`)) : null),
     h("div", { class: `card${valid === false ? " invalid" : ""}` }, details, body,
       h("div", { class: "act" }, h("span", { class: "label" }, "action"), action == null ? h("span", { class: "bad" }, "none found in the text") : h("pre", { class: valid === false ? "bad" : "" }, shown(action))),
       says("environment", observation ?? "")));
@@ -751,7 +753,7 @@ function scaleOf(loaded) {
 function shadeOf(entropy, logprob, advantage, scale) {
   if (state.shade === "entropy") return ["heat", 0.8 * clamp((entropy ?? 0) / scale.entropy, 0, 1)];
   if (state.shade === "logprob") return ["cool", 0.7 * clamp(-(logprob ?? 0) / scale.logprob, 0, 1)];
-  if (state.shade === "advantage") return [advantage < 0 ? "minus" : "plus", 0.7 * clamp(Math.abs(advantage ?? 0) / scale.advantage, 0, 1)];
+  if (state.shade === "advantage") return [advantage < 0 ? "minus" : "plus", 0.45 * clamp(Math.abs(advantage ?? 0) / scale.advantage, 0, 1)];
   return ["heat", 0];
 }
 
