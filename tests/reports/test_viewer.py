@@ -276,8 +276,12 @@ def test_light_and_dark(page, files):
         page.wait(lambda: brightness() > 200)
         page.one("#theme").click()
         page.wait(lambda: brightness() < 60)
+        page.one("#tab-episodes").click()
         page.one("#theme").click()
         page.wait(lambda: brightness() > 200)
+        page.one("#tab-curves").click()  # drawn anew while they were out of sight
+        fits = "return document.querySelector('.uplot').offsetWidth / document.querySelector('.chart').offsetWidth"
+        page.wait(lambda: 0.9 < page.run(fits) < 1)
     finally:
         page.prefer("light")
         page.run("localStorage.clear()")

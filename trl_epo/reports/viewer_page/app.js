@@ -214,7 +214,7 @@ function drawChart(spec, lines, limits) {
     h("header", {}, h("h2", {}, spec.title), ends), h("p", {}, spec.about), box));
   const axis = { stroke: color("muted"), grid: { stroke: color("line"), width: 1 }, ticks: { show: false }, font: "11px system-ui" };
   const plot = new uPlot({
-    width: box.clientWidth, height: spec.wide ? 230 : 180, padding: [8, 10, 0, 0],
+    width: box.clientWidth || 400, height: spec.wide ? 230 : 180, padding: [8, 10, 0, 0],
     scales: { x: { time: false, range: limits }, y: { range: (u, low, high) => rangeOf(spec, low, high) } },
     axes: [
       { ...axis, size: 26, gap: 5 },
@@ -1035,4 +1035,4 @@ async function begin() {
   performance.mark("ready");
 }
 
-begin();
+begin().catch((error) => say(`This file is not whole, or the page has a fault: ${printable(error)}`));
