@@ -42,6 +42,7 @@ EXTRAS["dev"] = [
     "psutil",
     "pytest",
     "ruff==0.17.6",
+    "selenium>=4.20",
 ]
 
 setup(
@@ -53,6 +54,7 @@ setup(
     license="Apache-2.0",
     license_files=["LICENSE"],
     packages=find_packages(include=["trl_epo", "trl_epo.*"]),
+    package_data={"trl_epo.reports": ["viewer_page/*"]},
     python_requires=">=3.11",
     install_requires=REQUIREMENTS,
     extras_require=EXTRAS,

@@ -3,11 +3,10 @@
 import json
 import re
 import time
-from pathlib import Path
 
 import pytest
-import trl
 from conftest import CHATML, make_tokenizer
+from families import FAMILIES, TEMPLATES, family_tokenizer
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
@@ -17,16 +16,6 @@ from trl_epo.rollouts.chat import ChatEncoder
 from trl_epo.text import without_surrogates
 
 
-# The chat structure of four families: their template as TRL ships it, and the special tokens it writes.
-FAMILIES = {
-    "qwen2_5": ("<|im_end|>", ["<|im_start|>", "<|im_end|>", "<|endoftext|>"]),
-    "qwen3": ("<|im_end|>", ["<|im_start|>", "<|im_end|>", "<|endoftext|>", "<think>", "</think>"]),
-    "llama3": ("<|eot_id|>", ["<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"]),
-    "gemma": ("<end_of_turn>", ["<bos>", "<start_of_turn>", "<end_of_turn>"]),
-}
-
-
-TEMPLATES = Path(trl.__file__).parent / "chat_templates"
 # Every template that TRL ships but those of vision models, which take other messages, and variants with the same text.
 SHIPPED = sorted(
     path.stem
@@ -40,17 +29,6 @@ SMOLLM2 = (
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
 MARKUP = re.compile(r"<[|｜]?[^<>\s{}'\"/=,;()]{2,40}>|</[a-z_]+>|\[/?[A-Z_]{3,}\]")
-
-
-def family_tokenizer(family):
-    eos, special = FAMILIES[family]
-    tokenizer = make_tokenizer((TEMPLATES / f"{family}.jinja").read_text())
-    tokenizer.add_special_tokens({"additional_special_tokens": special, "eos_token": eos})
-    if "<bos>" in special:
-        tokenizer.bos_token = "<bos>"
-    if "<|begin_of_text|>" in special:
-        tokenizer.bos_token = "<|begin_of_text|>"
-    return tokenizer
 
 
 def encoder(tokenizer):

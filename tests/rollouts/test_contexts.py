@@ -3,8 +3,7 @@
 import pytest
 import torch
 from conftest import Corridor, make_model, shapes_read
-from test_generation import Greedy, reference_turn, sampler
-from test_rollout import ScriptedSampler
+from samplers import Greedy, ScriptedSampler, reference_turn, sampler
 from transformers import LogitsProcessorList
 
 from trl_epo.rollouts.chat import ChatEncoder

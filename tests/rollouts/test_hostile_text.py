@@ -10,7 +10,7 @@ import psutil
 import pytest
 from conftest import PATIENT_RUN, Corridor, make_model, wait_for
 from datasets import Dataset, IterableDataset
-from test_chat import family_tokenizer
+from families import family_tokenizer
 from trl.chat_template_utils import add_response_schema
 
 import trl_epo.text

@@ -12,6 +12,7 @@ import pytest
 from conftest import CHATML, Corridor, make_tokenizer
 from hypothesis import given
 from hypothesis import strategies as st
+from samplers import ScriptedSampler
 from tokenizers import AddedToken
 
 from trl_epo.envs import TextEnv
@@ -23,41 +24,6 @@ from trl_epo.rollouts.environment_pool import EnvironmentPool
 from trl_epo.rollouts.episode import EpisodeSummary, StopReason, episode_row
 from trl_epo.rollouts.failures import FailureKind
 from trl_epo.rollouts.rollout import EpisodeStart, Limits, parse_action, parse_tagged_action, play_episodes
-from trl_epo.sampling.turns import Sample
-
-
-class ScriptedSampler:
-    """Says the same texts in each episode, one per turn; as many tokens as the limit lets through."""
-
-    wants_turns = True
-
-    def __init__(self, tokenizer, texts):
-        self.tokenizer, self.texts = tokenizer, texts
-        self.num_turns = {}
-        self.asked = {}
-        self.batches = []  # the episodes of each `advance`
-        self.dropped = []
-
-    @property
-    def is_busy(self):
-        return bool(self.asked)
-
-    def add(self, episode, new_ids, max_new_tokens):
-        self.asked[episode] = max_new_tokens
-
-    def drop(self, episode):
-        self.dropped.append(episode)
-
-    def advance(self):
-        asked, self.asked = self.asked, {}
-        self.batches.append(list(asked))
-        finished = []
-        for episode, limit in asked.items():
-            turn = self.num_turns[episode] = self.num_turns.get(episode, -1) + 1
-            text = self.texts[turn % len(self.texts)]
-            ids = [*self.tokenizer.encode(text, add_special_tokens=False), self.tokenizer.eos_token_id][:limit]
-            finished.append((episode, Sample(ids, [-0.5] * len(ids))))
-        return finished
 
 
 @pytest.fixture

@@ -1,7 +1,7 @@
 """
 What a run tells.
 
-In: summaries of episodes, the log. Out: metrics, panels with intervals, the paper's Succ. and Succ.*, model card, curves.
+In: summaries of episodes, the log. Out: metrics, panels with intervals, the paper's Succ. and Succ.*, model card, curves, the page to look at a run.
 Imports: rollouts and what is below. Open first: `metrics.py`. Each name is imported when it is first used, so that a report that
 needs no torch loads none.
 """
@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from .metrics import episode_metrics
     from .model_card import PAPER, complete_model_card
     from .plots import plot_training
+    from .viewer import write_viewer
 
 __all__ = [
     "PAPER",
@@ -26,6 +27,7 @@ __all__ = [
     "plot_training",
     "run_success",
     "success_interval",
+    "write_viewer",
 ]
 
 _MODULES = {
@@ -38,6 +40,7 @@ _MODULES = {
     "plot_training": "plots",
     "run_success": "evaluation",
     "success_interval": "evaluation",
+    "write_viewer": "viewer",
 }
 
 

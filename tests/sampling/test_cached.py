@@ -8,6 +8,7 @@ import torch
 from conftest import make_model, shapes_read
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from samplers import EOS, PAD, Greedy, reference_turn, sampler
 from transformers import (
     AutoModelForCausalLM,
     BloomConfig,
@@ -24,20 +25,10 @@ from transformers import (
     Qwen2Config,
 )
 
-from trl_epo.sampling.cached import CachedTurnSampler, _draw, unfit_for_cached_sampler
+from trl_epo.sampling.cached import _draw, unfit_for_cached_sampler
 from trl_epo.sampling.kv_cache import EpisodeCache
 from trl_epo.sampling.processors import make_logits_processors
 from trl_epo.sampling.requests import RequestTurnSampler
-
-
-EOS, PAD = 2, 0
-
-
-class Greedy:
-    """Makes sampling deterministic: all probability on the best token."""
-
-    def __call__(self, history, scores):
-        return torch.full_like(scores, -float("inf")).scatter(1, scores.argmax(dim=1, keepdim=True), 0.0)
 
 
 class Never:
@@ -55,10 +46,6 @@ def model():
     return make_model(vocab_size=50).eval()
 
 
-def sampler(model, processors, temperature=1.0):
-    return CachedTurnSampler(model, [EOS], PAD, temperature=temperature, processors=processors)
-
-
 def sample(sampler, new_ids, limit):
     """One turn of each episode: `new_ids` by episode -> its sample by episode."""
     for episode, ids in new_ids.items():
@@ -67,17 +54,6 @@ def sample(sampler, new_ids, limit):
     while sampler.is_busy:
         samples.update(sampler.advance())
     return samples
-
-
-def reference_turn(model, transcript, limit):
-    """Greedy decoding that reads the whole transcript for each token."""
-    ids, logprobs = [], []
-    while len(ids) < limit and (not ids or ids[-1] != EOS):
-        with torch.no_grad():
-            scores = model(torch.tensor([transcript + ids])).logits[0, -1].log_softmax(dim=-1)
-        ids.append(int(scores.argmax()))
-        logprobs.append(float(scores.max()))
-    return ids, logprobs
 
 
 class Playing:
