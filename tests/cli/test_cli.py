@@ -20,7 +20,9 @@ from transformers.utils import is_bitsandbytes_available
 from trl import get_peft_config
 
 from trl_epo import cli
-from trl_epo.cli import ScriptArguments, parse
+from trl_epo.cli.evaluate import panel_results, table
+from trl_epo.cli.settings import ScriptArguments, parse
+from trl_epo.cli.train import make_trainer
 from trl_epo.reports.evaluation import evaluation_metrics
 from trl_epo.reports.metrics import EpisodeSummary
 from trl_epo.rollouts.episode import StopReason
@@ -164,7 +166,7 @@ class TestParsing:
 
     def test_table(self):
         assert doctest.testmod(cli).failed == 0
-        lines = cli.table({"iid": {"count": 0}, "ood": {"pass@2": 0.5, "pass@16": 0.75}}).splitlines()
+        lines = table({"iid": {"count": 0}, "ood": {"pass@2": 0.5, "pass@16": 0.75}}).splitlines()
         assert lines[0].endswith("pass@2   pass@16")
         assert lines[2].endswith("50.0%     75.0%")
 
@@ -174,10 +176,10 @@ class TestParsing:
             for row in range(10)
         ]
         metrics = {f"eval_iid_{name}": float(value) for name, value in evaluation_metrics(summaries).items()}
-        results = {"iid": cli.panel_results(metrics, "iid"), "ood": {"count": 4, "stop/failure": 0.0}}
-        assert "iid: 3 of 10 episodes failed" in cli.table(results).splitlines()[-1]
-        assert "failed" not in cli.table({"ood": results["ood"]})
-        assert cli.table({"ood": {"count": 4, "stop/failure": 1.0}}).splitlines()[1].split() == ["ood", "4", *"----"]
+        results = {"iid": panel_results(metrics, "iid"), "ood": {"count": 4, "stop/failure": 0.0}}
+        assert "iid: 3 of 10 episodes failed" in table(results).splitlines()[-1]
+        assert "failed" not in table({"ood": results["ood"]})
+        assert table({"ood": {"count": 4, "stop/failure": 1.0}}).splitlines()[1].split() == ["ood", "4", *"----"]
 
 
 class TestRows:
@@ -284,7 +286,7 @@ class TestCommands:
         assert done.returncode == 0, done.stderr[-3000:]
         assert (tmp_path / "run" / "adapter_model.safetensors").exists()
         flags = (*flags, "--model_name_or_path", tmp_path / "run")
-        trainer = cli.make_trainer(*parse("evaluate", list(map(str, flags))), train_dataset=None)
+        trainer = make_trainer(*parse("evaluate", list(map(str, flags))), train_dataset=None)
         saved = load_file(tmp_path / "run" / "adapter_model.safetensors")
         name = next(name for name in saved if "lora_B" in name)
         loaded = trainer.model.get_parameter(name.replace(".weight", ".default.weight"))
@@ -309,7 +311,7 @@ class TestCommands:
         script, args, model_args = parse("train", flags)
         args.num_generations = args.per_device_train_batch_size
         peft = LoraConfig(r=2, target_modules=["q_proj"]) if kind == "model" else None
-        trainer = cli.make_trainer(script, args, model_args, script.rows("train", 8), peft_config=peft)
+        trainer = make_trainer(script, args, model_args, script.rows("train", 8), peft_config=peft)
         assert getattr(trainer.model, f"is_loaded_in_{bits}bit")
         assert trainer.model.get_parameter(Q_PROJ).dtype == (torch.uint8 if bits == 4 else torch.int8)
 
@@ -327,7 +329,7 @@ class TestCommands:
             flags = ["--config", str(SMALL), "--output_dir", str(tmp_path), "--model_name_or_path", str(path)]
             flags += ["--trust_remote_code", "--bf16", "false", "--eval_strategy", "no"]
             script, args, model_args = parse("train", flags)
-            trainer = cli.make_trainer(script, args, model_args, script.rows("train", 8))
+            trainer = make_trainer(script, args, model_args, script.rows("train", 8))
             model = trainer.accelerator.unwrap_model(trainer.model)
             model = model.get_base_model() if path == adapter else model
             assert type(model).__name__ == "OwnForCausalLM"
@@ -353,9 +355,7 @@ class TestCommands:
         def told(*more):
             caplog.clear()
             script, args, model_args = parse("train", [*flags, "--bf16", "false", "--eval_strategy", "no", *more])
-            cli.make_trainer(
-                script, args, model_args, script.rows("train", 8), peft_config=get_peft_config(model_args)
-            )
+            make_trainer(script, args, model_args, script.rows("train", 8), peft_config=get_peft_config(model_args))
             return "".join(record.getMessage() for record in caplog.records if record.name == "trl_epo.cli")
 
         same = (

@@ -1,4 +1,4 @@
-"""What is refused with sharded weights; that the rest works is in `faults/test_many_processes.py`."""
+"""What is refused with sharded weights; that the rest works is in `test_many_processes.py`."""
 
 from types import SimpleNamespace
 

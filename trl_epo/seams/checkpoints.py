@@ -2,7 +2,7 @@
 The private names of TRL, and of transformers' Trainer below it, that faults, checkpoints and resuming rely on.
 
 `FaultTolerantGRPOTrainer` is the lower half of `SeamedGRPOTrainer`; `SIGNATURES` and `ATTRIBUTES` are checked like those of
-`_trl_seams.py`.
+`trl.py`.
 """
 
 from collections.abc import Iterator, Sequence

@@ -1,6 +1,6 @@
 """
 Every private name of TRL that this package relies on, and nothing else; those of faults and checkpoints are in
-`_fault_seams.py`.
+`checkpoints.py`.
 
 `SeamedGRPOTrainer` turns them into a few methods with names of their own, which `EPOTrainer` overrides. The list
 `SIGNATURES` is checked against the installed TRL by `tests/seams/test_trl_seams.py`.

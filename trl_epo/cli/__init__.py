@@ -1,0 +1,60 @@
+"""
+The command line:
+
+    trl-epo train    --config examples/configs/household-small.yaml --model_name_or_path MODEL --output_dir runs/a
+    trl-epo evaluate --config examples/configs/household-small.yaml --model_name_or_path runs/a --output_dir runs/a
+    trl-epo view     runs/a
+
+`train` and `evaluate`: every field of `EPOConfig`, TRL's `ModelConfig` and `ScriptArguments` is a key of the config file and a
+flag; flags win. With several processes: `accelerate launch -m trl_epo train …`. `view` writes a page to look at a run.
+"""
+
+import difflib
+import os
+import sys
+from collections.abc import Sequence
+
+from .. import __version__
+from .usage import UsageError
+
+
+COMMANDS = ("train", "evaluate", "view")
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run a command; `arguments` are those of the process by default."""
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(f"{__doc__.strip()}\n\nHelp on a command: trl-epo train --help", file=None if arguments else sys.stderr)
+        sys.exit(0 if arguments else 2)
+    if arguments[0] == "--version":
+        print(f"trl-epo {__version__}")
+        sys.exit(0)
+    command, *others = arguments
+    if command not in COMMANDS:
+        near = difflib.get_close_matches(command, COMMANDS, n=1)
+        meant = f" Did you mean {near[0]!r}?" if near else ""
+        print(
+            f"trl-epo: error: there is no command {command!r}.{meant} There are {', '.join(COMMANDS)}.",
+            file=sys.stderr,
+        )
+        sys.exit(2)
+    sys.path.insert(0, os.getcwd())
+    try:
+        _run(command, others)
+    except UsageError as error:
+        print(f"trl-epo {command}: error: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+def _run(command: str, arguments: list[str]) -> None:
+    # Imported when they are run: torch and TRL take seconds.
+    if command == "view":
+        from .view import view
+
+        return view(arguments)
+    from .evaluate import evaluate
+    from .settings import parse
+    from .train import train
+
+    return {"train": train, "evaluate": evaluate}[command](*parse(command, arguments))

@@ -1,0 +1,116 @@
+"""`trl-epo train`."""
+
+import logging
+from pathlib import Path
+
+from datasets import Dataset
+from peft import AutoPeftModelForCausalLM, LoraConfig, PeftConfig
+from peft.utils import CONFIG_NAME as ADAPTER_CONFIG
+from transformers import AutoConfig
+from transformers.utils import is_bitsandbytes_available
+from trl import ModelConfig, get_peft_config, get_quantization_config
+
+from ..config import EPOConfig
+from ..runs import last_whole_checkpoint
+from ..trainer import EPOTrainer
+from .settings import ScriptArguments
+from .usage import UsageError
+
+
+logger = logging.getLogger(__name__)
+
+
+# Flags of a new adapter and what they are in its configuration
+LORA_FLAGS = {
+    "lora_r": "r",
+    "lora_alpha": "lora_alpha",
+    "lora_dropout": "lora_dropout",
+    "lora_target_modules": "target_modules",
+    "lora_target_parameters": "target_parameters",
+    "lora_modules_to_save": "modules_to_save",
+    "use_rslora": "use_rslora",
+    "use_dora": "use_dora",
+}
+
+
+def make_trainer(
+    script: ScriptArguments, args: EPOConfig, model_args: ModelConfig, train_dataset: Dataset | None, **kwargs
+) -> EPOTrainer:
+    """The trainer; a folder with an adapter is loaded as its model, quantized if asked for, with that adapter."""
+    quantization = get_quantization_config(model_args)
+    if quantization is not None and not is_bitsandbytes_available():
+        name = "load_in_4bit" if model_args.load_in_4bit else "load_in_8bit"
+        raise UsageError(f"`{name}` needs bitsandbytes: `pip install bitsandbytes`, or leave it out.")
+    args.model_init_kwargs = {
+        "revision": model_args.model_revision,
+        "attn_implementation": model_args.attn_implementation,
+        "dtype": model_args.dtype,
+        "trust_remote_code": args.trust_remote_code,
+        **(args.model_init_kwargs or {}),
+    }
+    model = model_args.model_name_or_path
+    if Path(model, ADAPTER_CONFIG).exists():
+        model = AutoPeftModelForCausalLM.from_pretrained(
+            model, is_trainable=True, quantization_config=quantization, **args.model_init_kwargs
+        )
+        args.model_init_kwargs = quantization = None
+        if wanted := kwargs.pop("peft_config", None):
+            _tell_of_other_adapter(model_args.model_name_or_path, model.peft_config["default"], wanted)
+    else:
+        try:
+            AutoConfig.from_pretrained(
+                model, revision=model_args.model_revision, trust_remote_code=args.trust_remote_code
+            )
+        except (OSError, ValueError) as error:
+            raise UsageError(
+                f"`model_name_or_path` is {model!r}, but there is no model in such a folder, and none of that name could "
+                f"be had from the Hub: {str(error).splitlines()[0]}"
+            ) from error
+    return EPOTrainer(
+        model,
+        args=args,
+        train_dataset=train_dataset,
+        quantization_config=quantization,
+        environment_factory=script.environment_factory(),
+        **kwargs,
+    )
+
+
+def _tell_of_other_adapter(folder: str, has: PeftConfig, wanted: LoraConfig) -> None:
+    """Log which LoRA settings have no effect on an adapter that is there already."""
+    differences = []
+    for flag, name in LORA_FLAGS.items():
+        found, asked = (getattr(config, name, None) for config in (has, wanted))
+        found, asked = (sorted(value) if isinstance(value, set | list) else value for value in (found, asked))
+        chosen_by_peft = isinstance(asked, str | None)  # "all-linear", a pattern, or what fits the architecture
+        if found != asked and not chosen_by_peft:
+            differences.append(f"`{flag}` is {found}, not {asked}")
+    if differences:
+        logger.warning(
+            "%s holds an adapter, which stays as it is: %s. Give a model without one to begin another adapter.",
+            folder,
+            ", ".join(differences),
+        )
+
+
+def train(script: ScriptArguments, args: EPOConfig, model_args: ModelConfig) -> None:
+    """Train, and leave the model, its card and the log in `output_dir`."""
+    trainer = make_trainer(
+        script,
+        args,
+        model_args,
+        train_dataset=None if script.tasks is None else script.rows(script.train_split, script.train_size),
+        eval_dataset=None if args.eval_strategy == "no" else script.panels(),
+        peft_config=get_peft_config(model_args),
+    )
+    checkpoint = args.resume_from_checkpoint
+    if checkpoint is None and script.resume:
+        checkpoint = last_whole_checkpoint(args.output_dir)  # which all processes look for together
+        if trainer.is_world_process_zero():
+            nothing = f"there is no whole checkpoint in {args.output_dir}, training begins anew"
+            logger.warning("--resume: %s.", nothing if checkpoint is None else f"training goes on from {checkpoint}")
+    trainer.train(resume_from_checkpoint=checkpoint)
+    trainer.save_model()
+    trainer.save_state()
+    trainer.create_model_card(model_name=Path(args.output_dir).name)
+    trainer.accelerator.end_training()
