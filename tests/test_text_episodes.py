@@ -414,18 +414,12 @@ def without_collector():
     """CUDA's allocator does not ask for a collection when memory is out, so that caches must go without one."""
     gc.collect()
     gc.disable()
-    EARLIER_CACHES[:] = live_caches()
     yield
-    EARLIER_CACHES.clear()
     gc.enable()
 
 
-EARLIER_CACHES = []  # empty ones, which the tracebacks of earlier tests' failures keep
-
-
 def live_caches():
-    caches = [thing for thing in gc.get_objects() if type(thing) is EpisodeCache]
-    return [cache for cache in caches if not any(cache is earlier for earlier in EARLIER_CACHES)]
+    return [thing for thing in gc.get_objects() if type(thing) is EpisodeCache]
 
 
 class Counting(EPOTrainer):
