@@ -1,6 +1,7 @@
 """`EPOTrainer` with text environments: real environments, a real model, the real trainer."""
 
 import gc
+import weakref
 from collections import Counter
 from itertools import count
 
@@ -414,18 +415,12 @@ def without_collector():
     """CUDA's allocator does not ask for a collection when memory is out, so that caches must go without one."""
     gc.collect()
     gc.disable()
-    EARLIER_CACHES[:] = live_caches()
     yield
-    EARLIER_CACHES.clear()
     gc.enable()
 
 
-EARLIER_CACHES = []  # empty ones, which the tracebacks of earlier tests' failures keep
-
-
 def live_caches():
-    caches = [thing for thing in gc.get_objects() if type(thing) is EpisodeCache]
-    return [cache for cache in caches if not any(cache is earlier for earlier in EARLIER_CACHES)]
+    return [thing for thing in gc.get_objects() if type(thing) is EpisodeCache]
 
 
 class Counting(EPOTrainer):
@@ -437,17 +432,29 @@ class Counting(EPOTrainer):
 
 
 class TestCachesOfRollouts:
-    @pytest.mark.parametrize("turns", [1, 6])  # 1: all rows end together
-    def test_none_is_left_when_losses_are_computed(self, tmp_path, tokenizer, without_collector, turns):
+    @pytest.mark.parametrize(
+        "factory",
+        [Corridor, lambda: Corridor(turns=1), Crashing],
+        ids=["rows end one by one", "rows end together", "some fail"],
+    )
+    def test_none_is_left_when_losses_are_computed(self, tmp_path, tokenizer, without_collector, factory):
         trainer = Counting(
             make_model(),
-            args=EPOConfig(str(tmp_path), **{**BASE, "max_steps": 6}),
+            args=EPOConfig(str(tmp_path), **{**BASE, "max_steps": 6}, env_max_retries=0, max_failed_fraction=1.0),
             train_dataset=ROWS,
             processing_class=tokenizer,
-            environment_factory=lambda: Corridor(turns=turns),
+            environment_factory=factory,
         )
         trainer.train()
         assert trainer.counts == [0] * 6
+
+    def test_a_trainer_whose_environments_failed_can_go(self, tmp_path, tokenizer):
+        trainer = make_trainer(tmp_path, tokenizer, Crashing)
+        trainer.train()
+        seen = weakref.ref(trainer)
+        del trainer
+        gc.collect()
+        assert seen() is None
 
     def test_an_error_in_the_middle_of_a_rollout_holds_no_memory(self, tmp_path, tokenizer, without_collector):
         trainer = make_trainer(tmp_path, tokenizer)

@@ -77,6 +77,7 @@ class EnvironmentWorker:
                     getattr(env.unwrapped, "interrupt", lambda: None)()
                 except Exception:
                     _log_error("Interrupting an environment failed")
+        self._last_answer = None  # an error's traceback holds the rollout, and with it the trainer
         self._tasks.put(None)
 
     @property

@@ -215,6 +215,7 @@ class _Playing:
             kind = kind or kind_of(error)
             action = None if self.sample is None else self.action
             self.failures += (Failure.of(kind, error, len(self.turns), action),)
+            error.__traceback__ = None  # it holds the frames of this rollout, which hold the error
             self.stop_reason = StopReason.FAILURE
             self.prompt = self.prompt or NO_PROMPT
 
