@@ -356,7 +356,7 @@ class TestCommands:
             caplog.clear()
             script, args, model_args = parse("train", [*flags, "--bf16", "false", "--eval_strategy", "no", *more])
             make_trainer(script, args, model_args, script.rows("train", 8), peft_config=get_peft_config(model_args))
-            return "".join(record.getMessage() for record in caplog.records if record.name == "trl_epo.cli")
+            return "".join(record.getMessage() for record in caplog.records if record.name == "trl_epo.cli.train")
 
         same = (
             "--lora_r",
