@@ -1,6 +1,5 @@
 """`EPOTrainer`: GRPO with EPO's entropy term (arXiv 2509.22576) and multi-turn rollouts in text environments."""
 
-import logging
 import os
 import weakref
 from collections.abc import Callable
@@ -10,14 +9,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from trl import GRPOConfig
 from trl.trainer.utils import get_config_model_id
 
 from .batches import action_mask
 from .config import EPOConfig
 from .credit import CreditAssigner, Critic, TrainCritic, make_critic
 from .entropy import EntropyHistory, EntropyTerm, Moment, turn_ids_from_mask
-from .reports import PAPER, complete_model_card, episode_metrics, evaluation_metrics, failed_share
+from .reports import PAPER, complete_model_card, enough_played, episode_metrics, evaluation_metrics
 from .rollouts import (
     ActionParser,
     ChatEncoder,
@@ -34,20 +32,16 @@ from .rollouts import (
     episode_reward_weights,
     make_environment_pool,
     placeholder_dataset,
+    set_defaults,
 )
 from .runs import own_randomness
 from .seams import SeamedGRPOTrainer, replaced
 
 
-logger = logging.getLogger(__name__)
-
 HISTORY_FILE = "entropy_history.json"
 # The model in there is not directly below the checkpoint, where transformers takes every folder with an adapter for one
 # of the policy's.
 CRITIC_FOLDER = "critic"
-DEFAULT_COMPLETION_LENGTH = 512  # TRL's default, in tokens
-DEFAULT_SAMPLING_MODE = GRPOConfig.vllm_importance_sampling_mode
-EPISODE_SAMPLING_MODE = "token_truncate"
 
 
 class EPOTrainer(SeamedGRPOTrainer):
@@ -138,8 +132,7 @@ class EPOTrainer(SeamedGRPOTrainer):
             first_row = check_first_row(environments, train_dataset, args.max_observation_length)
         else:
             check_other_arguments(args, prompt_builder)
-            if args.max_completion_length is None:
-                args.max_completion_length = DEFAULT_COMPLETION_LENGTH
+        set_defaults(args, plays_text=environments is not None)
         own_reward = environments is not None and not reward_funcs
         reward_weights = args.reward_weights
         if environments is not None:
@@ -147,11 +140,6 @@ class EPOTrainer(SeamedGRPOTrainer):
             reward_weights = episode_reward_weights(reward_weights, num_reward_funcs)
         if own_reward:
             reward_funcs = [episode_return]
-        if args.vllm_importance_sampling_mode is None:
-            args.vllm_importance_sampling_mode = (
-                DEFAULT_SAMPLING_MODE if environments is None else EPISODE_SAMPLING_MODE
-            )
-
         # Of text episodes TRL learns the weights below, with the return's
         with replaced(args, "reward_weights", reward_weights if environments is None else None):
             super().__init__(
@@ -298,21 +286,13 @@ class EPOTrainer(SeamedGRPOTrainer):
         metrics |= self.entropy_term.observe(captured[0].detach(), inputs, moment)
         self.add_metrics({f"epo/{name}": value for name, value in metrics.items()})
         if self._critic is not None and moment.train:
-            loss = self._train_critic(inputs, loss)
+            alone = self.entropy_history.step < self.args.critic_warmup_steps
+            loss, metrics = self._credit.train_critic(inputs, loss, moment.micro_batches, alone)
+            self.add_metrics(metrics)
         return loss
 
     def shape_advantages(self, advantages: Tensor, entropies: Tensor) -> Tensor:
         return self.entropy_term.shape_advantages(advantages, entropies)
-
-    def _train_critic(self, inputs: dict[str, Any], loss: Tensor) -> Tensor:
-        """The critic's part of a micro-batch; the policy's loss, to which the critic's is added as a constant."""
-        self._critic.trains_alone = self.entropy_history.step < self.args.critic_warmup_steps
-        if self._critic.trains_alone:
-            loss = 0.0 * loss
-        value_loss, metrics = self._credit.critic_loss(inputs, self.current_gradient_accumulation_steps)
-        self.add_metrics(metrics)
-        self._critic.backward(value_loss)
-        return loss + value_loss.detach()
 
     def create_scheduler(self, num_training_steps, optimizer=None):
         if self._critic is not None:
@@ -345,15 +325,7 @@ class EPOTrainer(SeamedGRPOTrainer):
         super().log(logs, start_time)
 
     def may_be_best(self, metrics: dict[str, float]) -> bool:
-        name = self.args.metric_for_best_model
-        share = failed_share(metrics, f"eval_{name.removeprefix('eval_')}") if name else 0.0
-        if share < 1.0 and share <= self.args.max_failed_fraction:
-            return True
-        logger.warning(
-            f"{share:.0%} of the evaluation's episodes failed, more than `max_failed_fraction={self.args.max_failed_fraction}` "
-            "allows, or all: what it says does not make this checkpoint the best one."
-        )
-        return False
+        return enough_played(metrics, self.args.metric_for_best_model, self.args.max_failed_fraction)
 
     def extend_model_card(self, path: Path) -> None:
         complete_model_card(path, self.args, self.state.log_history)

@@ -23,9 +23,7 @@ def as_if_by_an_engine(trainer, shift):
         trainer.use_vllm = False
         rows = prepare(rows)
         trainer.use_vllm, trainer._last_loaded_step = True, trainer.state.global_step
-        for episode, logprobs in zip(
-            trainer._batch.episodes, trainer._played_batch["fields"]["logprobs"], strict=True
-        ):
+        for episode, logprobs in zip(trainer._batch.episodes, trainer._batch.logprobs, strict=True):
             place = 0
             for turn in episode.turns:
                 place += len(turn.observation_ids)

@@ -18,6 +18,7 @@ from .. import __version__
 from .usage import UsageError
 
 
+USAGE = f"{__doc__.strip()}\n\nHelp on a command: trl-epo train --help"
 COMMANDS = ("train", "evaluate", "view")
 
 
@@ -25,7 +26,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Run a command; `arguments` are those of the process by default."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     if not arguments or arguments[0] in ("-h", "--help"):
-        print(f"{__doc__.strip()}\n\nHelp on a command: trl-epo train --help", file=None if arguments else sys.stderr)
+        print(USAGE, file=None if arguments else sys.stderr)
         sys.exit(0 if arguments else 2)
     if arguments[0] == "--version":
         print(f"trl-epo {__version__}")
@@ -34,10 +35,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if command not in COMMANDS:
         near = difflib.get_close_matches(command, COMMANDS, n=1)
         meant = f" Did you mean {near[0]!r}?" if near else ""
-        print(
-            f"trl-epo: error: there is no command {command!r}.{meant} There are {', '.join(COMMANDS)}.",
-            file=sys.stderr,
-        )
+        print(f"{USAGE}\n\ntrl-epo: error: there is no command {command!r}.{meant}", file=sys.stderr)
         sys.exit(2)
     sys.path.insert(0, os.getcwd())
     try:

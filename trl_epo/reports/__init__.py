@@ -11,7 +11,14 @@ from typing import TYPE_CHECKING
 
 
 if TYPE_CHECKING:
-    from .evaluation import evaluation_metrics, failed_share, mean_success, run_success, success_interval
+    from .evaluation import (
+        enough_played,
+        evaluation_metrics,
+        failed_share,
+        mean_success,
+        run_success,
+        success_interval,
+    )
     from .metrics import episode_metrics
     from .model_card import PAPER, complete_model_card
     from .plots import plot_training
@@ -20,6 +27,7 @@ if TYPE_CHECKING:
 __all__ = [
     "PAPER",
     "complete_model_card",
+    "enough_played",
     "episode_metrics",
     "evaluation_metrics",
     "failed_share",
@@ -33,6 +41,7 @@ __all__ = [
 _MODULES = {
     "PAPER": "model_card",
     "complete_model_card": "model_card",
+    "enough_played": "evaluation",
     "episode_metrics": "metrics",
     "evaluation_metrics": "evaluation",
     "failed_share": "evaluation",

@@ -4,6 +4,7 @@ What an evaluation tells: success with its uncertainty, pass@k, and the paper's 
 An evaluation plays a fixed panel: each row of the evaluation set G times (`num_generations_eval`).
 """
 
+import logging
 import math
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
@@ -11,6 +12,8 @@ from typing import Any, NamedTuple
 from ..rollouts import StopReason
 from .metrics import EpisodeSummary, episode_metrics
 
+
+logger = logging.getLogger(__name__)
 
 Z_95 = 1.959963984540054  # the normal distribution's quantile of 0.975
 
@@ -149,6 +152,18 @@ def failed_share(metrics: dict[str, float], name: str) -> float:
     shares = {key.removesuffix(ending): share for key, share in metrics.items() if key.endswith(ending)}
     panel = max((prefix for prefix in shares if name.startswith(prefix)), key=len, default=None)
     return shares.get(panel, 0.0)
+
+
+def enough_played(metrics: dict[str, float], name: str | None, max_failed_fraction: float) -> bool:
+    """Whether enough of the episodes that a metric of an evaluation is of were played for it to mean something; if not, say so."""
+    share = failed_share(metrics, f"eval_{name.removeprefix('eval_')}") if name else 0.0
+    if share < 1.0 and share <= max_failed_fraction:
+        return True
+    logger.warning(
+        f"{share:.0%} of the evaluation's episodes failed, more than `max_failed_fraction={max_failed_fraction}` "
+        "allows, or all: what it says does not make this checkpoint the best one."
+    )
+    return False
 
 
 def success_curve(log_history: Iterable[dict[str, Any]], panel: str | None = None) -> list[tuple[int, float]]:

@@ -3,8 +3,23 @@
 import logging
 from collections.abc import Callable, Sequence
 
+from trl import GRPOConfig
+
 from ..config import EPOConfig
 from ..sampling import make_logits_processors
+
+
+COMPLETION_LENGTH = 512  # TRL's default, in tokens
+SAMPLING_MODE = GRPOConfig.vllm_importance_sampling_mode
+EPISODE_SAMPLING_MODE = "token_truncate"
+
+
+def set_defaults(args: EPOConfig, plays_text: bool) -> None:
+    """Give those settings a value that are `None` since it depends on whether there are text episodes."""
+    if args.vllm_importance_sampling_mode is None:
+        args.vllm_importance_sampling_mode = EPISODE_SAMPLING_MODE if plays_text else SAMPLING_MODE
+    if args.max_completion_length is None and not plays_text:
+        args.max_completion_length = COMPLETION_LENGTH
 
 
 logger = logging.getLogger(__name__)
