@@ -1,0 +1,56 @@
+"""
+A run of days comes out whole.
+
+In: a trainer's state. Out: whole checkpoints and how to find them, optimizer steps that are left out, signals, sharded weights.
+Imports: rollouts and what is below. Open first: `checkpoints.py`.
+"""
+
+from .checkpoints import (
+    CheckpointError,
+    begin_checkpoint,
+    checkpoint_to_resume,
+    finish_checkpoint,
+    last_whole_checkpoint,
+    rotate,
+)
+from .gloo import let_gloo_finish
+from .interruption import EXIT_CODE, Interruption
+from .nonfinite import NonfiniteSteps, gradient_is_finite, leaves_overflow_to_scaler
+from .randomness import own_randomness
+from .run_state import load_run_state, save_run_state
+from .sharding import (
+    called_alone,
+    check_critic,
+    check_rollouts,
+    gathered_weights,
+    keep_output_precision,
+    set_timeout,
+    sharded_like,
+    shards_with_zero3,
+)
+
+
+__all__ = [
+    "EXIT_CODE",
+    "CheckpointError",
+    "Interruption",
+    "NonfiniteSteps",
+    "begin_checkpoint",
+    "called_alone",
+    "check_critic",
+    "check_rollouts",
+    "checkpoint_to_resume",
+    "finish_checkpoint",
+    "gathered_weights",
+    "gradient_is_finite",
+    "keep_output_precision",
+    "last_whole_checkpoint",
+    "leaves_overflow_to_scaler",
+    "let_gloo_finish",
+    "load_run_state",
+    "rotate",
+    "save_run_state",
+    "set_timeout",
+    "sharded_like",
+    "shards_with_zero3",
+]
