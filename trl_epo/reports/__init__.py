@@ -1,7 +1,8 @@
 """
 What a run tells.
 
-In: summaries of episodes, the log. Out: metrics, panels with intervals, the paper's Succ. and Succ.*, model card, curves.
+In: episodes and summaries of them, the log. Out: metrics, panels with intervals, the paper's Succ. and Succ.*, kept episodes,
+model card, curves.
 Imports: rollouts and what is below. Open first: `metrics.py`. Each name is imported when it is first used, so that a report that
 needs no torch loads none.
 """
@@ -12,12 +13,15 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from .evaluation import evaluation_metrics, failed_share, mean_success, run_success, success_interval
+    from .kept_episodes import EpisodeKeeper
     from .metrics import episode_metrics
     from .model_card import PAPER, complete_model_card
     from .plots import plot_training
+    from .trackers import show_episodes
 
 __all__ = [
     "PAPER",
+    "EpisodeKeeper",
     "complete_model_card",
     "episode_metrics",
     "evaluation_metrics",
@@ -25,10 +29,12 @@ __all__ = [
     "mean_success",
     "plot_training",
     "run_success",
+    "show_episodes",
     "success_interval",
 ]
 
 _MODULES = {
+    "EpisodeKeeper": "kept_episodes",
     "PAPER": "model_card",
     "complete_model_card": "model_card",
     "episode_metrics": "metrics",
@@ -37,6 +43,7 @@ _MODULES = {
     "mean_success": "evaluation",
     "plot_training": "plots",
     "run_success": "evaluation",
+    "show_episodes": "trackers",
     "success_interval": "evaluation",
 }
 

@@ -37,6 +37,8 @@ class Turn:
         reward (`float`): The environment's reward for the action.
         starts_context (`bool`): Whether the model saw none of the episode's earlier tokens, but a prompt of this
             turn's own.
+        entropies (`tuple[float, ...]` or `None`): Entropy of the distribution that each token was sampled from, at the sampling
+            temperature, in nats; `None` if the backend does not tell or was not asked.
     """
 
     observation_ids: tuple[int, ...]
@@ -48,6 +50,7 @@ class Turn:
     observation: str
     reward: float
     starts_context: bool = False
+    entropies: tuple[float, ...] | None = None
 
 
 @dataclass(frozen=True)

@@ -48,6 +48,7 @@ __all__ = [
     "leaves_overflow_to_scaler",
     "let_gloo_finish",
     "load_run_state",
+    "own_randomness",
     "rotate",
     "save_run_state",
     "set_timeout",
