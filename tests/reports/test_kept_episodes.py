@@ -219,6 +219,11 @@ class TestColumns:
         assert "cannot be written as JSON" in texts[0] and "cannot be written as JSON" in texts[1]
         assert json.loads(texts[2])["y"] == "{1, 2}" and json.loads(texts[3])["z"] == "\ufffd"
 
+    def test_each_episode_once(self, run):
+        # A process that has no state of its own in a checkpoint takes the first one's.
+        keeper, table = run[1]._keeper, pq.read_table(run[0] / "episodes" / training_file(0))
+        assert keeper._gathered([table.slice(2), table.slice(0, 4)]).equals(table)
+
     def test_snippets_of_the_docs(self, run, tmp_path, monkeypatch):
         folder, _ = run
         monkeypatch.chdir(tmp_path)
