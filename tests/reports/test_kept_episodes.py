@@ -13,11 +13,11 @@ import pytest
 import torch
 from conftest import Corridor, make_model
 from datasets import Dataset
-from faulty_runs import When, kept, limit_files, make_trainer
+from faulty_runs import SETTINGS, When, kept, limit_files, make_trainer
 from hypothesis import given
 from hypothesis import strategies as st
 
-from trl_epo import EPOTrainer
+from trl_epo import EPOConfig, EPOTrainer
 from trl_epo.reports.episode_files import EpisodeFiles, panel_file, training_file
 from trl_epo.reports.episode_schema import SCHEMA
 from trl_epo.reports.kept_episodes import choose
@@ -48,6 +48,18 @@ class Rewarding(Corridor):
     def step(self, action):
         observation, reward, *others = super().step(action)
         return observation, reward + 0.01 * len(action), *others
+
+
+class HalfFlat(Corridor):
+    """Rewards as above in every second group."""
+
+    def reset(self, *, seed=None, options=None):
+        self.is_flat = seed % 2
+        return super().reset(seed=seed, options=options)
+
+    def step(self, action):
+        observation, _, *others = super().step(action)
+        return observation, (1 - self.is_flat) * len(action), *others
 
 
 class Odd(Corridor):
@@ -188,6 +200,33 @@ class TestColumns:
         later = [turn for row in rows for turn in row["turns"][1:]]
         assert later and all(turn["starts_context"] for turn in later)
         assert all(turn["prompt"].startswith("<|im_start|>user") and turn["entropies"] for turn in later)
+
+    def test_scores_that_are_not_known(self, tmp_path, monkeypatch):
+        monkeypatch.setattr("trl_epo.seams.trl.unfit_for_cached_sampler", lambda model: "a test")
+        trainer = make_trainer(tmp_path, dataset=ROWS, max_steps=4, per_device_eval_batch_size=4)
+        trainer.train()
+        trainer.evaluate()
+        for turn in (turn for row in read(tmp_path / "episodes" / training_file(0)) for turn in row["turns"]):
+            assert len(turn["logprobs"]) == len(turn["entropies"]) == len(turn["tokens"])
+        for turn in (turn for row in read(tmp_path / "episodes" / panel_file(None, 4)) for turn in row["turns"]):
+            assert turn["logprobs"] is turn["entropies"] is None
+
+    def test_groups_that_are_left_out_of_the_loss(self, tmp_path, tokenizer):
+        rows = Dataset.from_dict({"seed": [2, 3]})
+        trainer = EPOTrainer(
+            make_model(),
+            args=EPOConfig(str(tmp_path), **{**SETTINGS, "max_steps": 4, "filter_zero_variance_groups": "mask"}),
+            train_dataset=rows,
+            processing_class=tokenizer,
+            environment_factory=HalfFlat,
+        )
+        trainer.train()
+        rows = read(tmp_path / "episodes" / training_file(0))
+        flat = [len({row["return"] for row in rows if row["group"] == each["group"]}) == 1 for each in rows]
+        assert any(flat) and not all(flat)
+        for row, is_flat in zip(rows, flat, strict=True):
+            for turn in row["turns"]:
+                assert (turn["entropies"] is None) is is_flat and len(turn["logprobs"]) == len(turn["tokens"])
 
     def test_failures_and_texts_that_cannot_be_encoded(self, tmp_path):
         rows = Dataset.from_dict({"length": [2, 3]})
