@@ -10,10 +10,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import many_processes
 import pytest
 import torch
 from conftest import child_environment, make_model
-import many_processes
 from many_processes import BEGIN, NUM_EPISODES, play
 from transformers import AutoModelForCausalLM, AutoModelForTokenClassification
 

@@ -25,9 +25,7 @@ TURN = pa.struct(
         pa.field("token_ids", pa.list_(pa.int32())),  # the sampled tokens, special ones included
         pa.field("tokens", pa.list_(pa.string())),  # the same as pieces of text
         pa.field("logprobs", pa.list_(pa.float32())),  # of each token, in nats; null where unknown
-        pa.field(
-            "entropies", pa.list_(pa.float32())
-        ),  # of the distribution at each token, in nats; null where unknown
+        pa.field("entropies", pa.list_(pa.float32())),  # of the distribution at each, in nats; null where unknown
     ]
 )
 
@@ -43,7 +41,7 @@ SCHEMA = pa.schema(
     [
         pa.field("version", pa.int32()),
         pa.field("mode", pa.string()),  # "train" or "eval"
-        pa.field("panel", pa.string()),  # name of the evaluation set; null in training
+        pa.field("panel", pa.string()),  # name of the evaluation set; null: it has none, or training
         pa.field("step", pa.int64()),  # optimizer steps made when it was played
         pa.field("rl_step", pa.int64()),  # k: batches of fresh episodes before this one
         pa.field("row", pa.int64()),  # its place in the generation batch or in the panel
