@@ -176,6 +176,13 @@ class EPOConfig(GRPOConfig):
             gradient that is not finite. Such a step is left out: weights and optimizer stay as they are.
         eval_temperature (`float`, *optional*):
             Sampling temperature of evaluations, whatever generates (paper: 0.4). `None`: `temperature`.
+        keep_episodes (`int`, *optional*, defaults to `64`):
+            How many text episodes of each training batch are written to `episodes/` in `output_dir`, over all processes,
+            turn by turn with the log-prob and the entropy of each token; there are some of every kind of outcome among
+            them. Of evaluations all are. `0`: none, of evaluations neither.
+        keep_episodes_megabytes (`float`, *optional*, defaults to `1000.0`):
+            What these files may take of the disk, in MB (10⁶ bytes). When it is reached only those of every second RL step are
+            kept, then of every fourth, and so on; of evaluations the first and the last always.
     """
 
     entropy_coef: float = field(
@@ -387,6 +394,17 @@ class EPOConfig(GRPOConfig):
     eval_temperature: float | None = field(
         default=None, metadata={"help": "Sampling temperature of evaluations. None: `temperature`."}
     )
+    keep_episodes: int = field(
+        default=64,
+        metadata={
+            "help": "How many episodes of each training batch are written to `episodes/` in the output folder; of "
+            "evaluations all are. 0: none."
+        },
+    )
+    keep_episodes_megabytes: float = field(
+        default=1000.0,
+        metadata={"help": "What kept episodes may take of the disk, in MB; then fewer steps' are kept."},
+    )
 
     def __post_init__(self):
         if not self.use_cpu and not torch.accelerator.is_available():
@@ -512,6 +530,15 @@ class EPOConfig(GRPOConfig):
             )
         if not self.ddp_timeout > 0:
             raise ValueError(f"`ddp_timeout` is {self.ddp_timeout}, but must be above 0 seconds.")
+        if not isinstance(self.keep_episodes, int) or self.keep_episodes < 0:
+            raise ValueError(
+                f"`keep_episodes` is {self.keep_episodes!r}, but must be a whole number of at least 0 (0: none are kept)."
+            )
+        if not self.keep_episodes_megabytes > 0:
+            raise ValueError(
+                f"`keep_episodes_megabytes` is {self.keep_episodes_megabytes}, but must be above 0; `keep_episodes=0` keeps "
+                "no episodes."
+            )
         if self.max_completion_length is not None and self.max_completion_length < 1:
             raise ValueError(
                 f"`max_completion_length` is {self.max_completion_length}, but must be at least 1 token, or `None` "

@@ -15,8 +15,17 @@ from .batches import action_mask
 from .config import EPOConfig
 from .credit import CreditAssigner, Critic, TrainCritic, make_critic
 from .entropy import EntropyHistory, EntropyTerm, Moment, turn_ids_from_mask
-from .reports import PAPER, complete_model_card, enough_played, episode_metrics, evaluation_metrics
+from .reports import (
+    PAPER,
+    EpisodeKeeper,
+    complete_model_card,
+    enough_played,
+    episode_metrics,
+    evaluation_metrics,
+    show_episodes,
+)
 from .rollouts import (
+    EPISODES_FOLDER,
     ActionParser,
     ChatEncoder,
     EnvironmentPool,
@@ -119,6 +128,7 @@ class EPOTrainer(SeamedGRPOTrainer):
         if not isinstance(args, EPOConfig):
             raise TypeError(f"`args` is a {type(args).__name__}, but must be an `EPOConfig` (from trl_epo).")
         self._player: EpisodePlayer | None = None  # where there are text episodes
+        self._keeper: EpisodeKeeper | None = None  # there too
         self._critic: Critic | None = None
         self._batch: PlayedBatch | None = None  # the generation batch
         self._eval_prefix = "eval"
@@ -196,6 +206,14 @@ class EPOTrainer(SeamedGRPOTrainer):
             prompt_builder=prompt_builder,
         )
         self._player.check_prompts(first_row)
+        self._keeper = EpisodeKeeper(
+            Path(args.output_dir, EPISODES_FOLDER),
+            self.accelerator,
+            self._tokenizer,
+            self.eos_token_ids,
+            number=args.keep_episodes,
+            max_bytes=args.keep_episodes_megabytes * 10**6,
+        )
         if args.advantage_estimator == "gae":
             policy = self.accelerator.unwrap_model(self.model)
             self._critic = Critic(make_critic(policy, args.critic_model, len(self._tokenizer)), args, self.accelerator)
@@ -207,7 +225,11 @@ class EPOTrainer(SeamedGRPOTrainer):
         self.entropy_term.history = EntropyHistory()  # a resumed run loads its own
         if self._player is not None:
             self._player.begin_training()
-        return super().train(*args, **kwargs)
+            self._keeper.begin_training()
+        result = super().train(*args, **kwargs)
+        if self._keeper is not None:
+            self._keeper.end_batch()  # of which some losses were not computed any more
+        return result
 
     @property
     def entropy_history(self) -> EntropyHistory:
@@ -233,6 +255,8 @@ class EPOTrainer(SeamedGRPOTrainer):
                 f"{error} When the environment is mended, go on from {folder} with `resume_from_checkpoint=True`."
             ) from error
         self.set_played_batch(self._batch)
+        if mode == "eval":
+            self._keeper.add_to_panel(self._batch, self._panel or None, step, rl_step + 1, self.sampling_temperature)
         penalty = self.args.invalid_action_penalty
         return [
             {**row, "prompt": episode.prompt, "episodes": episode, "invalid_action_penalty": penalty}
@@ -250,6 +274,15 @@ class EPOTrainer(SeamedGRPOTrainer):
                 batch["context_ids"] = self.loss_context_ids
             if self.mode == "train":
                 self._assign_credit(batch)
+                batch["places"] = torch.tensor(self._batch.places, device=self.accelerator.device)
+                self._keeper.begin_batch(
+                    self._batch,
+                    batch["advantages"],
+                    batch["turn_ids"],
+                    self.state.global_step,
+                    self.entropy_history.step,
+                    self.sampling_temperature,
+                )
         num_episodes = action_mask(batch).bool().any(dim=1).sum()
         batch["num_episodes_in_batch"] = self.accelerator.gather(num_episodes).sum()
         return batch
@@ -272,13 +305,7 @@ class EPOTrainer(SeamedGRPOTrainer):
                 f"TRL computed token entropies {len(captured)} times in one loss instead of once. This version of TRL "
                 "does not fit trl_epo; install the version that setup.py names."
             )
-        moment = Moment(
-            train=self.mode == "train",
-            max_steps=self.state.max_steps,
-            micro_batches=self.current_gradient_accumulation_steps if self.mode == "train" else 1,
-            first_pass=self.optimizer_micro_step < self.args.steps_per_generation,
-            step_ends=self.accelerator.sync_gradients,
-        )
+        moment = self._moment
         metrics, loss = {}, policy_loss
         if self.entropy_term.acts:
             added, metrics = self.entropy_term.loss(captured[0], inputs, moment, policy_loss.detach())
@@ -290,6 +317,26 @@ class EPOTrainer(SeamedGRPOTrainer):
             loss, metrics = self._credit.train_critic(inputs, loss, moment.micro_batches, alone)
             self.add_metrics(metrics)
         return loss
+
+    @property
+    def _moment(self) -> Moment:
+        """Where in the run a loss is being computed."""
+        return Moment(
+            train=self.mode == "train",
+            max_steps=self.state.max_steps,
+            micro_batches=self.current_gradient_accumulation_steps if self.mode == "train" else 1,
+            first_pass=self.optimizer_micro_step < self.args.steps_per_generation,
+            step_ends=self.accelerator.sync_gradients,
+        )
+
+    def note_scores(self, batch: dict[str, Any], logprobs: Tensor, entropies: Tensor) -> None:
+        moment = self._moment
+        if self._keeper is None or not (moment.train and moment.first_pass):
+            return
+        corridor = (self.args.entropy_corridor_low, self.args.entropy_corridor_high)
+        self._keeper.note_scores(batch, logprobs, entropies, self.entropy_term.reference(batch, moment), corridor)
+        if self.optimizer_micro_step == self.args.steps_per_generation - 1:
+            self._keeper.end_batch()
 
     def shape_advantages(self, advantages: Tensor, entropies: Tensor) -> Tensor:
         return self.entropy_term.shape_advantages(advantages, entropies)
@@ -303,13 +350,23 @@ class EPOTrainer(SeamedGRPOTrainer):
 
     def evaluation_loop(self, dataloader, *args, metric_key_prefix: str = "eval", **kwargs):
         self._eval_prefix = metric_key_prefix
+        self.begin_tracking()
         randomness = nullcontext()
         if self._player is not None:
             self._player.begin_panel(dataloader.dataset)
+            self._keeper.begin_panel()
             self.clear_eval_metrics()  # what an evaluation that was interrupted, or `predict`, has left
             randomness = own_randomness(self.args.seed, self.accelerator.device)
         with self.sampling_at(self.args.eval_temperature), randomness:
-            return super().evaluation_loop(dataloader, *args, metric_key_prefix=metric_key_prefix, **kwargs)
+            output = super().evaluation_loop(dataloader, *args, metric_key_prefix=metric_key_prefix, **kwargs)
+        if self._keeper is not None:
+            self._keeper.end_panel()
+        return output
+
+    @property
+    def _panel(self) -> str:
+        """The name of the evaluation set that is being played; empty if it has none."""
+        return self._eval_prefix.removeprefix("eval").lstrip("_")
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if self._player is not None:
@@ -321,8 +378,11 @@ class EPOTrainer(SeamedGRPOTrainer):
         if self.mode == "eval":
             if self._player is not None:
                 self.clear_eval_metrics("completions/")  # TRL counts the rows that fill up the last batch too
-            self.label_eval_metrics(self._eval_prefix.removeprefix("eval").lstrip("_"))
+            self.label_eval_metrics(self._panel)
         super().log(logs, start_time)
+        if self._keeper is not None:
+            table = "episodes" if self.mode == "train" else "_".join(filter(None, ("eval", self._panel, "episodes")))
+            show_episodes(self._keeper.take_shown(), table, self.state.global_step, self.callback_handler.callbacks)
 
     def may_be_best(self, metrics: dict[str, float]) -> bool:
         return enough_played(metrics, self.args.metric_for_best_model, self.args.max_failed_fraction)
@@ -333,11 +393,15 @@ class EPOTrainer(SeamedGRPOTrainer):
     # Checkpoints
 
     def pending_figures(self) -> dict[str, Any]:
-        return {} if self._player is None else self._player.state_dict()
+        if self._player is None:
+            return {}
+        return {**self._player.state_dict(), "kept_episodes": self._keeper.state_dict()}
 
     def restore_pending_figures(self, figures: dict[str, Any]) -> None:
         if self._player is not None:
             self._player.load_state_dict(figures)
+            if kept := figures.get("kept_episodes"):
+                self._keeper.load_state_dict(kept, self.state.global_step, self.entropy_history.step)
 
     def save_extras(self, checkpoint: str) -> None:
         if self._critic is not None:  # first, since all processes save it together

@@ -335,6 +335,20 @@ class TestManners:
 
 
 class TestTooMany:
+    def test_a_broken_step_is_one_line_before_the_error(self, tmp_path, tokenizer, caplog):
+        class Broken(Corridor):
+            def step(self, action):
+                raise NameError("name 'plase' is not defined")
+
+        trainer = make_trainer(tmp_path, tokenizer, Broken)
+        with pytest.raises(RuntimeError, match="8 of 8 episodes failed"):
+            trainer.train()
+        lines = [message for message in caplog.messages if "plase" in message]
+        assert lines == [
+            "16 attempts to play one of 8 episodes failed (crash), 8 episodes are left out. The first: crash after 0 turns: "
+            "NameError: name 'plase' is not defined"
+        ]
+
     def test_training_stops_with_a_checkpoint_and_the_first_cause(self, tmp_path, tokenizer, tokens):
         def make():
             factory = partial(Faulty, "crash", 2, tokens.folder)

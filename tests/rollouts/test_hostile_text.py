@@ -271,7 +271,7 @@ class TestLogs:
         _, episodes = train(tokenizer, Corrupt, args, Dataset.from_dict({"length": [3, 4]}))
         assert wait_for(lambda: sum("Closing" in message for message in caplog.messages) == len(episodes))
         failures = [message for message in caplog.messages if "failed" in message]
-        assert len(failures) == 2 * len(episodes)
+        assert len(failures) == len(episodes) + 1  # closing them; all that failed alike is one line
         for message in failures:
             assert r"\x1b]0;owned\x07 \u202e" + " \ufffd" in message
             assert not {c for c in message if not c.isprintable()} - {"\n"}

@@ -147,12 +147,12 @@ def test_processes_that_do_not_see_the_same_folder(tmp_path, tokenizer):
 
 def test_killed_while_writing_checkpoints(tmp_path):
     process = start("kills", tmp_path)
-    *_, verdict = lines = process.stdout.read().splitlines()
+    *_, verdict, episodes = lines = process.stdout.read().splitlines()
     assert process.wait(60) == 0, (tmp_path / "stderr.txt").read_text()[-3000:]
     kills = [line for line in lines if line.startswith("killed")]
     assert len(kills) >= 3
     assert all(not line.endswith("None") for line in kills if "checkpoint-1'" not in line)
-    assert verdict == "same"
+    assert (verdict, episodes) == ("same", "same episodes")
 
 
 def test_full_disk(tmp_path):

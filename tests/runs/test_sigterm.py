@@ -62,6 +62,10 @@ def test_two_processes_do_the_same(tmp_path, caplog):
     assert first == second
     assert (first["code"], first["checkpoint"]) == (143, str(tmp_path / "stopped" / "checkpoint-3"))
     assert first["same"]
+    assert first["same episodes"]
+    rows = first["kept"]["train/step-000000.parquet"]
+    assert len(rows) == 6 and {row["row"] // 8 for row in rows} == {0, 1}  # of both processes
+    assert all(turn["entropies"] for row in rows for turn in row["turns"])
     assert first["nonfinite"] == [0, 1, 2, 2, 2]  # on one of them
     assert (tmp_path / "last" / "atexit0").exists() and (tmp_path / "last" / "atexit1").exists()
     # With fewer processes a new generation batch begins.

@@ -7,6 +7,7 @@ import sys
 from itertools import count
 from pathlib import Path
 
+import pyarrow.parquet as pq
 import torch
 from conftest import Corridor, child_environment, make_model, make_tokenizer
 from datasets import Dataset
@@ -133,6 +134,12 @@ def test_every_row_of_a_panel_counts_as_often_as_it_should(tmp_path):
         assert state["metrics"]["eval_many_episode/stop/failure"] == 0.0
         assert state["metrics"]["eval_one_episode/count"] == 2
         assert state["metrics"]["eval_one_episode/success_rate"] == state["metrics"]["eval_one_reward"] == 1.0
+    # All are kept, by their places, those of both processes in one file.
+    for panel, doors in (("many", [1, 1, 90, 90, 90, 90]), ("one", [1, 1])):
+        rows = pq.read_table(tmp_path / "episodes" / "eval" / panel / "step-000000.parquet").to_pylist()
+        assert [(row["row"], json.loads(row["options"])["length"]) for row in rows] == list(enumerate(doors))
+        assert [row["group"] for row in rows] == [index // 2 for index in range(len(rows))]
+        assert all(turn["entropies"] for row in rows for turn in row["turns"])
     # Rows 0 and 2 and the other panel's row are the first process's; what would fill up a batch is not played.
     assert [len(first["seeds"]), len(second["seeds"])] == [6, 2]
     assert first["seeds"][0] == first["seeds"][1] != second["seeds"][0] == second["seeds"][1]

@@ -13,6 +13,7 @@ import sys
 import time
 from pathlib import Path
 
+import pyarrow.parquet as pq
 import torch
 from conftest import PATIENT_RUN, Corridor, child_environment, make_model, make_tokenizer, wait_for
 from transformers import TrainerCallback
@@ -66,6 +67,12 @@ def weights(trainer: EPOTrainer) -> torch.Tensor:
 def same(first: EPOTrainer, second: EPOTrainer) -> bool:
     histories = [trainer.entropy_history.state_dict() for trainer in (first, second)]
     return torch.equal(weights(first), weights(second)) and histories[0] == histories[1]
+
+
+def kept(folder: Path, *names: str) -> dict[str, list[dict]]:
+    """The kept episodes of a run, by file; only those of some files, if they are named."""
+    files = {path.relative_to(folder / "episodes").as_posix(): path for path in folder.rglob("*.parquet")}
+    return {name: pq.read_table(files[name]).to_pylist() for name in sorted(names or files)}
 
 
 def say(text: str) -> None:
@@ -153,7 +160,7 @@ def two(folder: Path) -> None:
     until it is interrupted.
     """
     rank = int(os.environ["RANK"])
-    kwargs = {"num_generations": 8, "max_steps": 5}
+    kwargs = {"num_generations": 8, "max_steps": 5, "keep_episodes": 6}
     whole = make_trainer(folder / "whole", **kwargs)
     whole.train()
     terminates = When("on_step_end", 3, lambda: rank == 1 and signal.raise_signal(signal.SIGTERM))
@@ -164,6 +171,9 @@ def two(folder: Path) -> None:
     resumed = make_trainer(folder / "stopped", **kwargs)
     resumed.train(resume_from_checkpoint=True)
     results = {"code": code, "checkpoint": last_whole_checkpoint(folder / "stopped"), "same": same(resumed, whole)}
+    whole.accelerator.wait_for_everyone()  # the first process writes what all have played
+    results["kept"] = kept(folder / "whole")
+    results["same episodes"] = results["kept"] == kept(folder / "stopped")
     poisoned = make_trainer(folder / "poisoned", trainer_class=Poisoned, **kwargs)
     poisoned.poisoned_steps = (1, 2) if rank == 1 else ()
     poisoned.train()
@@ -216,6 +226,7 @@ def kills(folder: Path) -> None:
         os.waitpid(train(killed), 0)
     ends = [torch.load(folder / name / "end.pt") for name in ("whole", "killed")]
     say("same" if torch.equal(ends[0][0], ends[1][0]) and ends[0][1] == ends[1][1] else "different")
+    say("same episodes" if kept(folder / "whole") == kept(killed) else "different episodes")
 
 
 def full_disk(folder: Path) -> None:

@@ -87,7 +87,7 @@ class EntropyTerm:
         """
         args = self.args
         aggregate = self._aggregation(batch, moment)
-        reference = self._reference(batch, moment)
+        reference = self.reference(batch, moment)
         if args.entropy_corridor_coef:
             return self._corridor_loss(aggregate(entropies), reference, moment, policy_loss)
         bonus = aggregate(entropies)  # L_H
@@ -120,7 +120,7 @@ class EntropyTerm:
             metrics["corridor_entropy"] = latest
         return loss, metrics
 
-    def _reference(self, batch: dict[str, Any], moment: Moment) -> float | Tensor | None:
+    def reference(self, batch: dict[str, Any], moment: Moment) -> float | Tensor | None:
         """What the corridor is around, in nats: one value, (B, T), or `None` at k = 0."""
         kind, history = self.args.entropy_reference, self.history
         if kind == "turn_history":
@@ -164,7 +164,7 @@ class EntropyTerm:
         Returns:
             `dict[str, float]`: Metrics of the micro-batch over all processes.
         """
-        args, reference = self.args, self._reference(batch, moment)
+        args, reference = self.args, self.reference(batch, moment)
         turn_ids = batch["turn_ids"]
         dtype = sum_dtype(entropies.device)
         # A token whose entropy is not finite would stay in the history for good; its optimizer step is left out.

@@ -1,7 +1,8 @@
 """
 What a run tells.
 
-In: summaries of episodes, the log. Out: metrics, panels with intervals, the paper's Succ. and Succ.*, model card, curves, the page to look at a run.
+In: episodes and summaries of them, the log. Out: metrics, panels with intervals, the paper's Succ. and Succ.*, kept episodes,
+model card, curves, the page to look at a run.
 Imports: rollouts and what is below. Open first: `metrics.py`. Each name is imported when it is first used, so that a report that
 needs no torch loads none.
 """
@@ -19,13 +20,16 @@ if TYPE_CHECKING:
         run_success,
         success_interval,
     )
+    from .kept_episodes import EpisodeKeeper
     from .metrics import episode_metrics
     from .model_card import PAPER, complete_model_card
     from .plots import plot_training
+    from .trackers import show_episodes
     from .viewer import write_viewer
 
 __all__ = [
     "PAPER",
+    "EpisodeKeeper",
     "complete_model_card",
     "enough_played",
     "episode_metrics",
@@ -34,11 +38,13 @@ __all__ = [
     "mean_success",
     "plot_training",
     "run_success",
+    "show_episodes",
     "success_interval",
     "write_viewer",
 ]
 
 _MODULES = {
+    "EpisodeKeeper": "kept_episodes",
     "PAPER": "model_card",
     "complete_model_card": "model_card",
     "enough_played": "evaluation",
@@ -48,6 +54,7 @@ _MODULES = {
     "mean_success": "evaluation",
     "plot_training": "plots",
     "run_success": "evaluation",
+    "show_episodes": "trackers",
     "success_interval": "evaluation",
     "write_viewer": "viewer",
 }

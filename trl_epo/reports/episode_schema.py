@@ -41,7 +41,7 @@ SCHEMA = pa.schema(
     [
         pa.field("version", pa.int32()),
         pa.field("mode", pa.string()),  # "train" or "eval"
-        pa.field("panel", pa.string()),  # name of the evaluation set; null in training
+        pa.field("panel", pa.string()),  # name of the evaluation set; null: it has none, or training
         pa.field("step", pa.int64()),  # optimizer steps made when it was played
         pa.field("rl_step", pa.int64()),  # k: batches of fresh episodes before this one
         pa.field("row", pa.int64()),  # its place in the generation batch or in the panel

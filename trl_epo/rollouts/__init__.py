@@ -12,11 +12,12 @@ from .contexts import ContextRules, PastTurn, PromptBuilder, TurnView, build_pro
 from .dataset_rows import FirstRow, check_first_row, placeholder_dataset
 from .environment_pool import EnvironmentPool, make_environment_pool
 from .episode import Episode, EpisodeSummary, StopReason, Turn, episode_return
-from .player import FAILURES_FILE, EpisodePlayer, PlayedBatch, TooManyFailures
+from .player import EPISODES_FOLDER, FAILURES_FILE, EpisodePlayer, PlayedBatch, TooManyFailures
 from .rollout import ActionParser, EpisodeStart, Limits, parse_action, parse_tagged_action, play_episodes
 
 
 __all__ = [
+    "EPISODES_FOLDER",
     "FAILURES_FILE",
     "ActionParser",
     "ChatEncoder",

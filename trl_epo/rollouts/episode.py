@@ -39,6 +39,8 @@ class Turn:
             turn's own.
         cut_thought (`bool`): Whether the text ends within a thought (`<think>`), which `max_turn_length` has cut or the
             model did not close.
+        entropies (`tuple[float, ...]` or `None`): Entropy of the distribution that each token was sampled from, at the sampling
+            temperature, in nats; `None` if the backend does not tell or was not asked.
     """
 
     observation_ids: tuple[int, ...]
@@ -51,6 +53,7 @@ class Turn:
     reward: float
     starts_context: bool = False
     cut_thought: bool = False
+    entropies: tuple[float, ...] | None = None
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,7 @@ import math
 import sys
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,8 @@ from .failure_log import FailureLog
 from .rollout import ActionParser, EpisodeStart, Limits, parse_action, parse_tagged_action, play_episodes
 
 
-FAILURES_FILE = Path("episodes", "failures.jsonl")
+EPISODES_FOLDER = Path("episodes")  # in the run's folder
+FAILURES_FILE = EPISODES_FOLDER / "failures.jsonl"
 MAX_RESAMPLES = 3  # of a group whose returns are all equal
 # In the place of a row that accelerate repeats, to fill up the last batch of an evaluation.
 UNPLAYED = Episode([{"role": "user", "content": ""}], (), (), StopReason.FAILURE)
@@ -51,6 +52,10 @@ class PlayedBatch:
         turn_ids (`list[list[int]]`): The turn of each action token; −1 at observation tokens.
         context_ids (`list[list[int]]` or `None`): The context of each token; `None` if all are in one.
         num_resampled (`int`): Groups that were played again, over all processes.
+        places (`list[int]`): The place in the generation batch, or in the panel, of each episode, counted over all processes;
+            those that only fill up a batch come last and have none.
+        groups (`list[int]`): The group of the generation batch, or the row of the panel, of each of these.
+        summaries (`list[EpisodeSummary]`): Of the episodes of all processes, by process.
     """
 
     episodes: list[Episode]
@@ -61,6 +66,9 @@ class PlayedBatch:
     turn_ids: list[list[int]]
     context_ids: list[list[int]] | None
     num_resampled: int = 0
+    places: list[int] = field(default_factory=list)
+    groups: list[int] = field(default_factory=list)
+    summaries: list[EpisodeSummary] = field(default_factory=list)
 
 
 class EpisodePlayer:
@@ -182,7 +190,9 @@ class EpisodePlayer:
         Raises:
             TooManyFailures: If more than `max_failed_fraction` of a training batch failed, on all processes.
         """
-        groups = self._group_numbers(mode, len(rows))
+        places = self._places(mode, len(rows))
+        num_generations = self._args.num_generations if mode == "train" else self._num_generations_eval
+        groups = [place // num_generations for place in places]
         resamples = MAX_RESAMPLES * (mode == "train" and self._args.filter_zero_variance_groups == "resample")
         starts = [
             [self._start(row, mode, rl_step, group, attempt) for row, group in zip(rows, groups, strict=False)]
@@ -200,7 +210,8 @@ class EpisodePlayer:
         if mode == "train":
             self._check_failed_fraction(summaries, failures)
         self.summaries[mode] += summaries
-        return self._batch(episodes + [UNPLAYED] * (len(rows) - len(groups)), num_resampled)
+        batch = self._batch(episodes + [UNPLAYED] * (len(rows) - len(groups)), num_resampled)
+        return replace(batch, places=places, groups=groups, summaries=summaries)
 
     def _play(self, starts: list[EpisodeStart], sampler: TurnSampler) -> list[Episode]:
         episodes = play_episodes(
@@ -225,18 +236,18 @@ class EpisodePlayer:
             f"{first['cause']}\nAll of them, with tracebacks: {self.failures.path}."
         )
 
-    def _group_numbers(self, mode: str, num_rows: int) -> list[int]:
+    def _places(self, mode: str, num_rows: int) -> list[int]:
         """
-        Which group of the generation batch, or which row of the panel, each of this process's dataset rows belongs to.
-        Those with which accelerate fills up the last batch of an evaluation come last and get no number.
+        The places in the generation batch, or in the panel, of the episodes of this process's dataset rows. Those with which
+        accelerate fills up the last batch of an evaluation come last and get none.
         """
         first = self._accelerator.process_index * num_rows
         if mode == "train":
-            return [index // self._args.num_generations for index in range(first, first + num_rows)]
+            return list(range(first, first + num_rows))
         first += self._num_panel_rows
         self._num_panel_rows += num_rows * self._accelerator.num_processes
         last = min(first + num_rows, self._panel_size)
-        return [index // self._num_generations_eval for index in range(first, last)]
+        return list(range(first, last))
 
     def _start(self, row: dict[str, Any], mode: str, rl_step: int, group: int, attempt: int) -> EpisodeStart:
         """Where the episode of a dataset row begins; the copies of a row, on whatever process, share one seed."""

@@ -221,13 +221,10 @@ class _Playing:
 
     def may_be_played_again(self, limits: Limits, num_timeouts: int) -> bool:
         """Whether a failed episode gets another try; there have been `num_timeouts`, of all episodes."""
-        last = self.failures[-1]
         kinds = [failure.kind for failure in self.failures]
         # Each time-out of another one excuses one failure at most, and those come to an end, as they use up retries.
         excused = min(kinds.count(FailureKind.NEIGHBOUR), num_timeouts - kinds.count(FailureKind.TIMEOUT))
-        retry = last.kind.may_pass and len(kinds) - excused <= limits.max_retries
-        logger.warning("An episode failed and is %s: %s", "played again" if retry else "left out", last)
-        return retry
+        return kinds[-1].may_pass and len(kinds) - excused <= limits.max_retries
 
     def again(self) -> "_Playing":
         """The same episode, from its start."""
@@ -248,7 +245,7 @@ class _Playing:
         rules: ContextRules,
         limits: Limits,
     ) -> None:
-        token_ids, logprobs = self.sample
+        token_ids, logprobs, entropies = self.sample
         is_first = not self.turns
         self.turns.append(
             Turn(
@@ -262,6 +259,7 @@ class _Playing:
                 reward=reward,
                 starts_context=not is_first and self.next_turn.starts_context,
                 cut_thought=self.cut_thought,
+                entropies=None if entropies is None else tuple(entropies),
             )
         )
         if terminated:
@@ -349,6 +347,7 @@ def play_episodes(
     try:
         _play(episodes, pool, rules, sampler, limits, action_parser)
     finally:
+        _tell_failures(episodes)
         for episode in episodes:  # after an interruption some still have their environments
             episode.leave(pool)
     return [episode.finish() for episode in episodes]
@@ -399,6 +398,26 @@ def _play(
                     num_open -= 1
         for index, sample in sampler.advance() if sampler.is_busy else ():
             answers[index] = episodes[index].act(sample, rules, action_parser, pool)
+
+
+def _tell_failures(episodes: list[_Playing]) -> None:
+    """One line for each kind of failure: with a broken environment every episode fails alike."""
+    by_kind: dict[FailureKind, list[Failure]] = {}
+    for episode in episodes:
+        for failure in episode.failures:
+            by_kind.setdefault(failure.kind, []).append(failure)
+    for kind, failures in by_kind.items():
+        left_out = sum(
+            episode.stop_reason is StopReason.FAILURE and episode.failures[-1].kind is kind for episode in episodes
+        )
+        logger.warning(
+            "%d attempts to play one of %d episodes failed (%s), %d episodes are left out. The first: %s",
+            len(failures),
+            len(episodes),
+            kind.value,
+            left_out,
+            failures[0],
+        )
 
 
 def _wait(

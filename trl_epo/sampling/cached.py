@@ -62,6 +62,7 @@ class _Row:
     room: int = 0  # tokens that this turn may still take
     token_ids: list[int] = field(default_factory=list)  # this turn's
     logprobs: list[float] = field(default_factory=list)
+    entropies: list[float] = field(default_factory=list)
 
     def has_cached(self, prefix: list[int]) -> bool:
         """Whether its first tokens in the cache are these."""
@@ -82,6 +83,7 @@ class CachedTurnSampler:
         pad_token_id (`int`): Fills the forward; never attended to.
         temperature (`float`): Log-probabilities are reported at this temperature.
         processors ([`~transformers.LogitsProcessorList`]): Turn logits into the sampling distribution.
+        tells_entropies (`bool`): Whether samples tell entropies too, at this temperature.
     """
 
     def __init__(
@@ -91,6 +93,7 @@ class CachedTurnSampler:
         pad_token_id: int,
         temperature: float,
         processors: LogitsProcessorList,
+        tells_entropies: bool = False,
     ):
         self.model = model
         self.device = next(model.parameters()).device
@@ -98,6 +101,7 @@ class CachedTurnSampler:
         self.pad_token_id = pad_token_id
         self.temperature = temperature
         self.processors = processors
+        self._tells_entropies = tells_entropies
         self._reads_history = any(isinstance(processor, READS_HISTORY) for processor in processors)
         config = model.config.get_text_config()
         self._sliding_window = getattr(config, "sliding_window", None)
@@ -116,7 +120,7 @@ class CachedTurnSampler:
         row = next((row for row in self._rows if row.episode == episode), None) or _Row(episode, [])
         row.tokens += new_ids
         row.room = max_new_tokens
-        row.token_ids, row.logprobs = [], []
+        row.token_ids, row.logprobs, row.entropies = [], [], []
         self._asked.append(row)
 
     def rewind(self, episode: int, num_tokens: int) -> None:
@@ -151,7 +155,10 @@ class CachedTurnSampler:
             self._idle_steps += len(self._rows) - len(self._running)
             if self.wants_turns:
                 break
-        return [(row.episode, Sample(row.token_ids, row.logprobs)) for row in finished]
+        return [
+            (row.episode, Sample(row.token_ids, row.logprobs, row.entropies if self._tells_entropies else None))
+            for row in finished
+        ]
 
     def _begin_turns(self) -> list[_Row]:
         """Read the new tokens of the turns that were asked for and sample the first of each; the turns it ends."""
@@ -259,7 +266,14 @@ class CachedTurnSampler:
         else:
             scores = self.processors(None, logits)
         drawn = _draw(scores.softmax(dim=-1))  # (rows, 1)
-        logprobs = (logits / self.temperature).log_softmax(dim=-1).gather(1, drawn.clamp(min=0))  # (rows, 1)
+        all_logprobs = (logits / self.temperature).log_softmax(dim=-1)  # (rows, vocabulary)
+        if self._tells_entropies:
+            entropies = -(all_logprobs.exp() * all_logprobs).nansum(
+                dim=-1
+            )  # a token of probability 0 adds 0·∞, which is 0
+            for row, entropy in zip(rows, entropies.tolist(), strict=True):
+                row.entropies.append(entropy)
+        logprobs = all_logprobs.gather(1, drawn.clamp(min=0))  # (rows, 1)
         finished = []
         for row, token, logprob in zip(rows, drawn.flatten().tolist(), logprobs.flatten().tolist(), strict=True):
             if token < 0:

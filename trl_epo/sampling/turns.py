@@ -11,10 +11,12 @@ class Sample(NamedTuple):
     Args:
         token_ids (`list[int]`): At least one token; ends with an end-of-turn token unless cut by the limit.
         logprobs (`list[float]` or `None`): Their log-probabilities at the sampling temperature, in nats.
+        entropies (`list[float]` or `None`): Entropies of the distributions at that temperature, in nats; `None` where unknown.
     """
 
     token_ids: list[int]
     logprobs: list[float] | None
+    entropies: list[float] | None = None
 
 
 class TurnSampler(Protocol):

@@ -6,6 +6,7 @@ import transformers
 import transformers.trainer
 import trl
 from transformers import Trainer
+from transformers.integrations import TrackioCallback
 from trl import GRPOTrainer
 from trl.trainer import utils as trl_utils
 
@@ -26,6 +27,12 @@ SOURCES = (
         "the tile of the fused head",
     ),
     ("GRPOTrainer.log", GRPOTrainer.log, ("print_prompt_completions_sample(",), "the printed table of completions"),
+    (
+        "TrackioCallback.on_log",
+        TrackioCallback.on_log,
+        ("if not self._initialized:", "self.setup(args, state, model)"),
+        "a run of Trackio that has ended begins again",
+    ),
     (
         "Trainer._save_checkpoint",
         Trainer._save_checkpoint,

@@ -16,6 +16,7 @@ from accelerate.utils import gather, is_peft_model, set_seed
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from transformers import PreTrainedModel
+from transformers.integrations import TrackioCallback
 from transformers.utils import logging
 from trl.models import unwrap_model_for_generation
 from trl.trainer import grpo_trainer
@@ -205,6 +206,12 @@ class SeamedGRPOTrainer(FaultTolerantGRPOTrainer):
         """
         return advantages
 
+    def note_scores(self, batch: dict[str, Any], logprobs: Tensor, entropies: Tensor) -> None:
+        """
+        Called in each loss with the micro-batch and its tokens' log-probs and entropies, (B, T), in nats and without
+        gradient.
+        """
+
     # What a subclass may use
 
     @property
@@ -313,6 +320,15 @@ class SeamedGRPOTrainer(FaultTolerantGRPOTrainer):
         for name in [name for name in self._metrics["eval"] if name.startswith(prefix)]:
             del self._metrics["eval"][name]
 
+    def begin_tracking(self) -> None:
+        """
+        Begin what Trackio needs before anything is logged: TRL logs the time that a part of an evaluation took also before
+        training has begun a run, and after it has ended that.
+        """
+        for callback in self.callback_handler.callbacks:
+            if isinstance(callback, TrackioCallback) and not callback._initialized:
+                callback.setup(self.args, self.state, self.model)
+
     def label_eval_metrics(self, dataset_name: str) -> None:
         """Name the metrics of an evaluation after its dataset, as Trainer does: TRL gives those of all one name."""
         if dataset_name:
@@ -329,6 +345,11 @@ class SeamedGRPOTrainer(FaultTolerantGRPOTrainer):
             yield
         finally:
             self._set_temperature(before)
+
+    @property
+    def sampling_temperature(self) -> float:
+        """At which text episodes are sampled now."""
+        return (self.args.generation_kwargs or {}).get("temperature", self.temperature)
 
     def _set_temperature(self, temperature: float) -> None:
         self.temperature = temperature
@@ -386,6 +407,7 @@ class SeamedGRPOTrainer(FaultTolerantGRPOTrainer):
                     pad_token_id=self._tokenizer.pad_token_id,
                     temperature=settings["temperature"],
                     processors=make_logits_processors(self.accelerator.device, **settings),
+                    tells_entropies=not was_training and self.args.keep_episodes > 0,
                 )
                 with closing(sampler):
                     yield sampler
@@ -459,6 +481,7 @@ class SeamedGRPOTrainer(FaultTolerantGRPOTrainer):
         if self._captured_entropies is not None and outputs[1] is not None:
             self._captured_entropies.append(outputs[1])
         if self._loss_inputs is not None and outputs[1] is not None:
+            self.note_scores(self._loss_inputs, outputs[0].detach(), outputs[1].detach())
             # TRL's loss reads the advantages after this.
             advantages = self._loss_inputs["advantages"]
             self._loss_inputs["advantages"] = self.shape_advantages(advantages, outputs[1].detach())
