@@ -17,7 +17,7 @@ sys.path.append(str(Path(__file__).parents[2] / "tests" / "support"))
 from browser import browser
 from synthetic_run import write_run
 
-from trl_epo.reports.viewer import write_viewer
+from trl_epo.reports import write_viewer
 
 
 def main() -> None:
