@@ -20,7 +20,8 @@ def test_the_page_lies_in_the_runs_folder(run, capsys):
 
 
 def test_two_runs_and_another_file(run, tmp_path):
-    cli.main(["view", str(run), str(run), "--output", str(tmp_path / "both.html")])
+    write_run(tmp_path / "other", seed=1, steps=2, every=2, panel_size=2)
+    cli.main(["view", str(run), str(tmp_path / "other"), "--output", str(tmp_path / "both.html")])
     assert (tmp_path / "both.html").exists()
 
 
