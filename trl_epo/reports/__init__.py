@@ -22,10 +22,14 @@ if TYPE_CHECKING:
     from .metrics import episode_metrics
     from .model_card import PAPER, complete_model_card
     from .plots import plot_training
+    from .timing import SAMPLING, SCORING, StepTimes
     from .viewer import write_viewer
 
 __all__ = [
     "PAPER",
+    "SAMPLING",
+    "SCORING",
+    "StepTimes",
     "complete_model_card",
     "enough_played",
     "episode_metrics",
@@ -40,6 +44,9 @@ __all__ = [
 
 _MODULES = {
     "PAPER": "model_card",
+    "SAMPLING": "timing",
+    "SCORING": "timing",
+    "StepTimes": "timing",
     "complete_model_card": "model_card",
     "enough_played": "evaluation",
     "episode_metrics": "metrics",
