@@ -15,7 +15,7 @@ from .batches import action_mask
 from .config import EPOConfig
 from .credit import CreditAssigner, Critic, TrainCritic, make_critic
 from .entropy import EntropyHistory, EntropyTerm, Moment, turn_ids_from_mask
-from .reports import PAPER, complete_model_card, enough_played, episode_metrics, evaluation_metrics
+from .reports import PAPER, complete_model_card, enough_played, episode_metrics, evaluation_metrics, show_episodes
 from .rollouts import (
     ActionParser,
     ChatEncoder,
@@ -181,6 +181,7 @@ class EPOTrainer(SeamedGRPOTrainer):
                 "virtual tokens before every turn. Use LoRA or another adapter of the weights."
             )
         self.use_played_episodes()
+        show_episodes(self)
         context_length = self.context_length
         if args.max_completion_length is None:
             self.max_completion_length = context_length or args.max_turns * 2 * args.max_turn_length

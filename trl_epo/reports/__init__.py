@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from .metrics import episode_metrics
     from .model_card import PAPER, complete_model_card
     from .plots import plot_training
+    from .progress import show_episodes
     from .timing import SAMPLING, SCORING, StepTimes
     from .viewer import write_viewer
 
@@ -38,6 +39,7 @@ __all__ = [
     "mean_success",
     "plot_training",
     "run_success",
+    "show_episodes",
     "success_interval",
     "write_viewer",
 ]
@@ -55,6 +57,7 @@ _MODULES = {
     "mean_success": "evaluation",
     "plot_training": "plots",
     "run_success": "evaluation",
+    "show_episodes": "progress",
     "success_interval": "evaluation",
     "write_viewer": "viewer",
 }
