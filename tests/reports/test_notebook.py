@@ -23,8 +23,20 @@ trainer.train()
 ---
 trainer.evaluate()
 ---
-notebook.find_spec = lambda name: None  # as if there were no matplotlib
+import sys
+sys.modules["matplotlib.figure"] = None  # as if there were none
 make_trainer(Path({folder!r}), max_steps=2, disable_tqdm=False).train()
+---
+import signal
+from faulty_runs import When
+stops = When("on_step_end", 1, lambda: signal.raise_signal(signal.SIGINT))
+trainer = make_trainer(Path({folder!r}), stops, dataset=rows, **kwargs)
+try:
+    trainer.train()
+except KeyboardInterrupt:
+    pass
+---
+trainer.evaluate()
 """
 
 
@@ -101,3 +113,10 @@ def test_without_matplotlib_the_table_stays(shown):
     assert not any("<img" in html for html in updates)
     (steps,) = re.findall(r"<table>.*?</table>", updates[-1])
     assert len(cells_of(steps)) == 3
+
+
+def test_an_evaluation_after_an_interrupted_training(shown):
+    (training,), (evaluation,) = shown[4:]
+    assert "step 1 of 7" in training[-1]
+    assert "<progress" not in evaluation[-1]
+    assert len(re.findall(r"<table>.*?</table>", evaluation[-1])) == 1

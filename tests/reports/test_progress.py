@@ -131,6 +131,18 @@ def test_a_terminal_has_a_bar_and_lines_that_fit(tmp_path, monkeypatch, width, n
     assert sum("eval at step 3: success " in line for line in lines) == 1
 
 
+@pytest.mark.parametrize("disable_tqdm", [True, False])
+def test_an_evaluation_by_itself(tmp_path, capfd, disable_tqdm):
+    trainer = make_trainer(
+        tmp_path, rows=Dataset.from_dict({"length": [2, 3]}), disable_tqdm=disable_tqdm, per_device_eval_batch_size=4
+    )
+    capfd.readouterr()
+    trainer.evaluate()
+    assert re.fullmatch(
+        r"eval at step 0: success \d+\.\d% \(95 %: .*\), return .*, episodes 8\n", capfd.readouterr().out
+    )
+
+
 def entry(**kwargs) -> dict:
     return {"epo/entropy": 0.5, "epo/corridor_low": 0.4, "epo/corridor_high": 1.0, **kwargs}
 

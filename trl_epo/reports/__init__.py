@@ -1,7 +1,8 @@
 """
 What a run tells.
 
-In: summaries of episodes, the log. Out: metrics, panels with intervals, the paper's Succ. and Succ.*, model card, curves, the page to look at a run.
+In: summaries of episodes, the log. Out: metrics, panels with intervals, the paper's Succ. and Succ.*, where the time goes, what is
+shown while a run goes on, model card, curves, the page to look at a run.
 Imports: rollouts and what is below. Open first: `metrics.py`. Each name is imported when it is first used, so that a report that
 needs no torch loads none.
 """

@@ -5,9 +5,9 @@ import time
 from collections import deque
 from collections.abc import Iterable, Sequence
 from html import escape
-from importlib.util import find_spec
 from io import BytesIO
 
+from IPython import get_ipython
 from IPython.display import HTML, DisplayHandle, display
 from transformers import TrainerCallback
 from transformers.trainer_utils import has_length
@@ -27,12 +27,13 @@ class NotebookTable(TrainerCallback):
     """In the place of Trainer's in a notebook: a bar, the last steps and panels as tables, and the curves of the run."""
 
     def __init__(self):
-        self._has_matplotlib = find_spec("matplotlib") is not None
+        self._has_matplotlib = _can_draw()
         self._trains = False
         self._first_step = 0
         self._clear()
 
     def _clear(self) -> None:
+        self._cell = _cell()
         self._display: DisplayHandle | None = None
         self._steps: deque[list[str]] = deque(maxlen=MAX_ROWS)
         self._panels: deque[Panel] = deque(maxlen=MAX_ROWS)
@@ -66,6 +67,9 @@ class NotebookTable(TrainerCallback):
         self._show(state)
 
     def on_prediction_step(self, args, state, control, eval_dataloader=None, **kwargs):
+        if self._num_played == 0 and self._cell != _cell():  # training was interrupted, in another cell
+            self._trains = False
+            self._clear()
         self._num_played += 1
         total = f" of {len(eval_dataloader)}" if has_length(eval_dataloader) else ""
         self._evaluating = f"evaluation: {self._num_played}{total} batches"
@@ -113,17 +117,32 @@ class NotebookTable(TrainerCallback):
         parts = [f"<div>{self._bar} {self._status}</div>"] if self._status else []
         if self._evaluating:
             parts.append(f"<div>{self._evaluating}</div>")
+        if self._figure:
+            parts.append(self._figure)
         if self._steps:
             parts.append(_table([column.name for column in COLUMNS], self._steps))
         if self._panels:
             names = ("panel", "step", "success", "95 %", "return", "episodes")
             parts.append(_table(names, self._panels))
-        html = HTML("\n".join([*parts, self._figure]))
+        html = HTML("\n".join(parts))
         if self._display is None:
             self._display = display(html, display_id=True)
         else:
             self._display.update(html)
         self._shown_at = time.monotonic()
+
+
+def _cell() -> int | None:
+    """The number of the notebook's cell that runs."""
+    return getattr(get_ipython(), "execution_count", None)
+
+
+def _can_draw() -> bool:
+    try:
+        import matplotlib.figure  # noqa: F401
+    except ImportError:
+        return False
+    return True
 
 
 def _table(names: Sequence[str], rows: Iterable[Sequence[str]]) -> str:

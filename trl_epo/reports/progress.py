@@ -94,7 +94,7 @@ class BarAndLines(ProgressCallback):
         lines = self._lines.of(logs or {}, state.global_step, state.max_steps, _width())
         if lines is None:
             super().on_log(args, state, control, logs=logs, **kwargs)
-        elif state.is_world_process_zero and self.training_bar is not None:
+        elif state.is_world_process_zero:
             _write(lines)
 
 
