@@ -22,7 +22,6 @@ from transformers import (
     AutoTokenizer,
     PreTrainedModel,
     PreTrainedTokenizerBase,
-    ProgressCallback,
     set_seed,
 )
 from trl import SFTConfig, SFTTrainer
@@ -221,15 +220,6 @@ def warm_up(
     return trainer.model
 
 
-class SuccessBar(ProgressCallback):
-    """The usual progress bar, with the success rate behind it instead of fifty metrics on a line."""
-
-    def on_log(self, args, state, control, logs=None, **kwargs):
-        if self.training_bar is not None and "episode/success_rate" in (logs or {}):
-            rate, entropy = float(logs["episode/success_rate"]), float(logs.get("epo/entropy", "nan"))
-            self.training_bar.set_postfix_str(f"success {rate:.0%}, entropy {entropy:.2f}")
-
-
 def train_between_panels(trainer: EPOTrainer, environment: str, start: float) -> dict:
     """
     Play the trainer's held-out panels, train, play them again; save the model, its card, curves and a summary.
@@ -238,9 +228,6 @@ def train_between_panels(trainer: EPOTrainer, environment: str, start: float) ->
     `time.perf_counter()` at which the script began.
     """
     panels, output_dir = trainer.eval_dataset, Path(trainer.args.output_dir)
-    if not trainer.args.disable_tqdm:
-        trainer.remove_callback(ProgressCallback)
-        trainer.add_callback(SuccessBar())
 
     def play_panels() -> dict[str, float]:
         metrics = trainer.evaluate()

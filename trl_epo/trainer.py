@@ -23,6 +23,7 @@ from .reports import (
     episode_metrics,
     evaluation_metrics,
     show_episodes,
+    show_progress,
 )
 from .rollouts import (
     EPISODES_FOLDER,
@@ -191,6 +192,7 @@ class EPOTrainer(SeamedGRPOTrainer):
                 "virtual tokens before every turn. Use LoRA or another adapter of the weights."
             )
         self.use_played_episodes()
+        show_progress(self)
         context_length = self.context_length
         if args.max_completion_length is None:
             self.max_completion_length = context_length or args.max_turns * 2 * args.max_turn_length
@@ -246,7 +248,8 @@ class EPOTrainer(SeamedGRPOTrainer):
             return rows
         step, rl_step = self.state.global_step, self.entropy_history.step
         try:
-            with self.turn_sampler() as sampler:
+            with self.times.rollout(self._player.environments), self.turn_sampler() as sampler:
+                sampler = self.times.counted(sampler)
                 self._batch = self._player.play(rows, mode, sampler, step, rl_step, self._credit.flat_episodes)
         except TooManyFailures as error:
             self.entropy_history.load_state_dict(before)

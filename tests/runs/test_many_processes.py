@@ -151,7 +151,7 @@ def zero(tmp_path_factory):
 
 def assert_equal(found: tuple[dict, dict], expected: tuple[dict, dict], but: tuple[str, ...] = ()) -> None:
     """Logs of training and evaluation, entropy history and all weights agree within what fp32 can."""
-    but = (*but, "runtime", "per_second", "step_time", "epoch")
+    but = (*but, "runtime", "per_second", "step_time", "time/", "memory/", "epoch")
     entries = {entry["step"]: entry for entry in expected[0]["logs"] if "loss" in entry}
     evaluations = [[e for e in logs if "eval_reward" in e] for logs in (found[0]["logs"], expected[0]["logs"])]
     pairs = [(entry, entries[entry["step"]]) for entry in found[0]["logs"] if "loss" in entry]

@@ -21,6 +21,7 @@ ROWS = Dataset.from_dict({"length": [2, 3, 4, 5, 6]})
 # Times, and Trainer's summary at the end, which is of the steps since the resume
 NOT_COMPARED = {
     "step_time",
+    "rollout/tokens_per_second",
     "train_runtime",
     "train_samples_per_second",
     "train_steps_per_second",
@@ -53,7 +54,11 @@ def weights(model: torch.nn.Module) -> torch.Tensor:
 
 def logs(trainer: EPOTrainer) -> list[dict]:
     return [
-        {name: str(value) for name, value in entry.items() if name not in NOT_COMPARED}  # NaN differs from itself
+        {  # NaN differs from itself
+            name: str(value)
+            for name, value in entry.items()
+            if name not in NOT_COMPARED and not name.startswith(("time/", "memory/"))
+        }
         for entry in trainer.state.log_history
     ]
 

@@ -1,8 +1,8 @@
 """
 What a run tells.
 
-In: episodes and summaries of them, the log. Out: metrics, panels with intervals, the paper's Succ. and Succ.*, kept episodes,
-model card, curves, the page to look at a run.
+In: episodes and summaries of them, the log. Out: metrics, panels with intervals, the paper's Succ. and Succ.*, where the time goes,
+what is shown while a run goes on, kept episodes, model card, curves, the page to look at a run.
 Imports: rollouts and what is below. Open first: `metrics.py`. Each name is imported when it is first used, so that a report that
 needs no torch loads none.
 """
@@ -24,12 +24,17 @@ if TYPE_CHECKING:
     from .metrics import episode_metrics
     from .model_card import PAPER, complete_model_card
     from .plots import plot_training
+    from .progress import show_progress
+    from .timing import SAMPLING, SCORING, StepTimes
     from .trackers import show_episodes
     from .viewer import write_viewer
 
 __all__ = [
     "PAPER",
+    "SAMPLING",
+    "SCORING",
     "EpisodeKeeper",
+    "StepTimes",
     "complete_model_card",
     "enough_played",
     "episode_metrics",
@@ -39,6 +44,7 @@ __all__ = [
     "plot_training",
     "run_success",
     "show_episodes",
+    "show_progress",
     "success_interval",
     "write_viewer",
 ]
@@ -46,6 +52,9 @@ __all__ = [
 _MODULES = {
     "EpisodeKeeper": "kept_episodes",
     "PAPER": "model_card",
+    "SAMPLING": "timing",
+    "SCORING": "timing",
+    "StepTimes": "timing",
     "complete_model_card": "model_card",
     "enough_played": "evaluation",
     "episode_metrics": "metrics",
@@ -55,6 +64,7 @@ _MODULES = {
     "plot_training": "plots",
     "run_success": "evaluation",
     "show_episodes": "trackers",
+    "show_progress": "progress",
     "success_interval": "evaluation",
     "write_viewer": "viewer",
 }

@@ -2,7 +2,11 @@
 
 from collections.abc import Sequence
 from os import PathLike
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 
 def plot_training(log_history: Sequence[dict[str, Any]], path: str | PathLike) -> None:
@@ -16,6 +20,11 @@ def plot_training(log_history: Sequence[dict[str, Any]], path: str | PathLike) -
     Raises:
         ValueError: If the log holds no training step of `EPOTrainer`.
     """
+    draw_training(log_history, (15, 4)).savefig(path, dpi=120)
+
+
+def draw_training(log_history: Sequence[dict[str, Any]], size: tuple[float, float]) -> "Figure":
+    """The figure of [`plot_training`], of this width and height in inches; raises the same."""
     from matplotlib.figure import Figure
 
     if not any("epo/entropy" in entry or "episode/return" in entry for entry in log_history):
@@ -28,7 +37,7 @@ def plot_training(log_history: Sequence[dict[str, Any]], path: str | PathLike) -
         points = [(entry["step"], entry[name]) for entry in log_history if entry.get(name) is not None]
         return [step for step, _ in points], [value for _, value in points]
 
-    figure = Figure(figsize=(15, 4), layout="constrained")
+    figure = Figure(figsize=size, layout="constrained")
     success, returns, entropy = figure.subplots(1, 3)
 
     success.plot(*series("episode/success_rate"), color="tab:blue", label="training episodes")
@@ -53,4 +62,4 @@ def plot_training(log_history: Sequence[dict[str, Any]], path: str | PathLike) -
 
     for axes in (success, returns, entropy):
         axes.grid(alpha=0.3)
-    figure.savefig(path, dpi=120)
+    return figure

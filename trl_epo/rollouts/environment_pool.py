@@ -145,10 +145,14 @@ class EnvironmentPool:
     Args:
         factory (`Callable` or `dict[str, Callable]`): Makes an environment; by name, if there are several.
         timeout (`float`): How long an environment may take for an answer, in seconds.
+
+    Attributes:
+        seconds_awaited (`float`): How long rollouts have waited for answers and done nothing else, in seconds.
     """
 
     def __init__(self, factory: EnvironmentFactory | dict[str, EnvironmentFactory], timeout: float = math.inf):
         self.timeout = timeout
+        self.seconds_awaited = 0.0
         self.named = isinstance(factory, dict)
         self._factories = factory if self.named else {None: factory}
         self._idle: dict[str | None, list[EnvironmentWorker]] = {name: [] for name in self._factories}

@@ -429,6 +429,7 @@ def _wait(
     return_when: str = ALL_COMPLETED,
 ) -> None:
     """Wait until `end` for answers that are `wanted`; those that pass their deadline meanwhile become failures."""
+    start = time.monotonic()
     while (now := time.monotonic()) < end and not _is_enough([answers[index] for index in wanted], return_when):
         deadlines = [episodes[index].deadline for index, answer in answers.items() if not answer.done()]
         next_deadline = min(deadlines, default=math.inf)
@@ -439,6 +440,7 @@ def _wait(
         # All of them are asked first: giving one up may free those that it has held up.
         for index in [index for index in due if not episodes[index].get_more_time(pool)]:
             answers[index] = episodes[index].give_up_waiting(pool)
+    pool.seconds_awaited += time.monotonic() - start
 
 
 def _is_enough(answers: list[Future], return_when: str) -> bool:

@@ -193,6 +193,9 @@ class FaultTolerantGRPOTrainer(GRPOTrainer):
     def restore_pending_figures(self, figures: dict[str, Any]) -> None:
         """Take what [`pending_figures`] gave."""
 
+    def step_ended(self, logs: bool) -> None:
+        """Called after each optimizer step, once the device has made it, on every process; `logs`: a log entry follows."""
+
     # Runs
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args, **kwargs):
@@ -283,6 +286,7 @@ class FaultTolerantGRPOTrainer(GRPOTrainer):
             self.control.should_save = self._saved_step != self.state.global_step
         if self.control.should_log:
             self._metrics["train"]["faults/nonfinite_steps"] = [self._nonfinite.total]
+        self.step_ended(self.control.should_log)
         took_time = self.control.should_evaluate or self.control.should_save
         super()._maybe_log_save_evaluate(tr_loss, grad_norm, model, trial, *args, **kwargs)
         if took_time and not (stops or gives_up):

@@ -25,6 +25,7 @@ from trl.trainer.utils import RepeatSampler, pad
 
 from ..batches import action_mask, equal_number_of_forwards, score_tokens
 from ..entropy import cut_share
+from ..reports import SAMPLING, SCORING, StepTimes
 from ..rollouts import PlayedBatch
 from ..runs import (
     called_alone,
@@ -172,6 +173,7 @@ class SeamedGRPOTrainer(FaultTolerantGRPOTrainer):
     # Of the class, so that TRL's methods also work on a trainer that was made without `__init__`, as TRL's tests do.
     _captured_entropies: list[Tensor] | None = None
     _loss_inputs: dict[str, Any] | None = None  # what TRL's loss reads, while it is being computed
+    times = StepTimes()  # where the seconds of a step go
     _plays_episodes = False
     _played_batch: PlayedBatch | None = None
     # The reward of each episode of the generation batch, over all processes; NaN for those that failed.
@@ -182,6 +184,8 @@ class SeamedGRPOTrainer(FaultTolerantGRPOTrainer):
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
+        self.times = StepTimes()
+        self.add_callback(self.times)
         if self.args.use_cpu and self.accelerator.num_processes > 1:
             set_timeout(self.args.ddp_timeout_delta)  # which transformers passes on for other devices only
 
@@ -503,12 +507,18 @@ class SeamedGRPOTrainer(FaultTolerantGRPOTrainer):
         self._prepare_inputs(inputs)  # plays and scores the episodes; a loss of theirs would cost another forward
         return None, None, None
 
+    def step_ended(self, logs):
+        self.times.end_step(self.accelerator.device)
+        for name, value in (self.times.metrics(self.accelerator) if logs else {}).items():
+            self.set_metric(name, value)
+
     def _generate_and_score_completions(self, inputs):
         try:
-            batch = super()._generate_and_score_completions(self.prepare_rows(inputs))
-            if "importance_sampling_ratio" in batch and not (self._plays_episodes and self.mode == "eval"):
-                self._log_cut_ratios(batch)
-            return self.extend_batch(batch)
+            with self.times.part(SCORING):
+                batch = super()._generate_and_score_completions(self.prepare_rows(inputs))
+                if "importance_sampling_ratio" in batch and not (self._plays_episodes and self.mode == "eval"):
+                    self._log_cut_ratios(batch)
+                return self.extend_batch(batch)
         finally:
             self._played_batch = self._loss_mask = self.loss_context_ids = None
 
@@ -532,8 +542,12 @@ class SeamedGRPOTrainer(FaultTolerantGRPOTrainer):
 
     def _generate(self, prompts):
         # Of played episodes TRL decodes the tokens once more; as chats it would look for tool calls in them.
-        outputs = list(super()._generate(prompts if self._played_batch is None else [""] * len(prompts)))
-        if self._played_batch is not None:
+        if self._played_batch is None:
+            with self.times.part(SAMPLING):
+                outputs = list(super()._generate(prompts))
+            self.times.count_tokens(sum(map(sum, outputs[2])) if outputs[2] else sum(map(len, outputs[1])))
+        else:
+            outputs = list(super()._generate([""] * len(prompts)))
             outputs[3] = [episode.completion for episode in self._played_batch.episodes]
         if outputs[2] is not None:
             self._loss_mask = self.padded(outputs[2], 0)
