@@ -205,7 +205,7 @@ function drawChart(spec, lines, limits) {
   const box = h("div");
   const ends = h("span", { class: "ends number", title: "Mean of the first and of the last tenth of the logged steps" });
   runs.forEach((run, place) => {
-    const main = lines.find((line) => line.run === place && line.style.points) ?? lines.find((line) => line.run === place);
+    const main = lines.find((line) => line.run === place && line.style.points && line.series[0].length > 1) ?? lines.find((line) => line.run === place);
     if (!main) return;
     const [first, last] = endsOf(main.series);
     ends.append(h("span", { class: "end" }, " ", runMark(place), `${show(first)} → `, h("b", {}, show(last))));
@@ -329,6 +329,10 @@ function sentences(run) {
   const lines = [];
   const success = (name, series) => {
     const [steps, values] = series;
+    if (steps.length === 1) {
+      lines.push(`Success on ${oneLine(name)}: ${percent(values[0])} at step ${steps[0]}, the only evaluation.`);
+      return;
+    }
     const best = values.reduce((a, b) => Math.max(a, b));
     const [first, last] = endsOf(series);
     const fell = best - last > 0.1 ? `; the best, ${percent(best)}, was at step ${steps[values.indexOf(best)]}` : "";
@@ -336,7 +340,8 @@ function sentences(run) {
   };
   const panels = Object.entries(run.panels).filter(([, series]) => series.success_rate);
   for (const [panel, series] of panels) success(panel, series.success_rate);
-  if (!panels.length && run.train.success_rate) success("training episodes", run.train.success_rate);
+  const isEvaluated = panels.some(([, series]) => series.success_rate[0].length > 1);
+  if (!isEvaluated && run.train.success_rate) success("training episodes", run.train.success_rate);
   const { entropy, corridor_low: low, corridor_high: high } = run.train;
   if (entropy) {
     const [first, last] = endsOf(entropy);
