@@ -15,7 +15,7 @@ from .batches import action_mask
 from .config import EPOConfig
 from .credit import CreditAssigner, Critic, TrainCritic, make_critic
 from .entropy import EntropyHistory, EntropyTerm, Moment, turn_ids_from_mask
-from .reports import PAPER, complete_model_card, enough_played, episode_metrics, evaluation_metrics
+from .reports import PAPER, complete_model_card, enough_played, episode_metrics, evaluation_metrics, play_example
 from .rollouts import (
     ActionParser,
     ChatEncoder,
@@ -210,6 +210,11 @@ class EPOTrainer(SeamedGRPOTrainer):
         return super().train(*args, **kwargs)
 
     @property
+    def player(self) -> EpisodePlayer | None:
+        """What plays text episodes; `None` where there are none."""
+        return self._player
+
+    @property
     def entropy_history(self) -> EntropyHistory:
         """The entropies of the RL steps so far."""
         return self.entropy_term.history
@@ -328,7 +333,10 @@ class EPOTrainer(SeamedGRPOTrainer):
         return enough_played(metrics, self.args.metric_for_best_model, self.args.max_failed_fraction)
 
     def extend_model_card(self, path: Path) -> None:
-        complete_model_card(path, self.args, self.state.log_history)
+        example = None
+        if self._player is not None:
+            example = play_example(self.args, self._player.environments.factories, next(iter(self.train_dataset)))
+        complete_model_card(path, self.args, self.state.log_history, example)
 
     # Checkpoints
 

@@ -20,18 +20,21 @@ if TYPE_CHECKING:
         success_interval,
     )
     from .metrics import episode_metrics
-    from .model_card import PAPER, complete_model_card
+    from .model_card import PAPER, PLAY_SETTINGS_FILE, complete_model_card, play_example, play_settings
     from .plots import plot_training
     from .viewer import write_viewer
 
 __all__ = [
     "PAPER",
+    "PLAY_SETTINGS_FILE",
     "complete_model_card",
     "enough_played",
     "episode_metrics",
     "evaluation_metrics",
     "failed_share",
     "mean_success",
+    "play_example",
+    "play_settings",
     "plot_training",
     "run_success",
     "success_interval",
@@ -40,12 +43,15 @@ __all__ = [
 
 _MODULES = {
     "PAPER": "model_card",
+    "PLAY_SETTINGS_FILE": "model_card",
     "complete_model_card": "model_card",
     "enough_played": "evaluation",
     "episode_metrics": "metrics",
     "evaluation_metrics": "evaluation",
     "failed_share": "evaluation",
     "mean_success": "evaluation",
+    "play_example": "model_card",
+    "play_settings": "model_card",
     "plot_training": "plots",
     "run_success": "evaluation",
     "success_interval": "evaluation",

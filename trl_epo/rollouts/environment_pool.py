@@ -145,24 +145,27 @@ class EnvironmentPool:
     Args:
         factory (`Callable` or `dict[str, Callable]`): Makes an environment; by name, if there are several.
         timeout (`float`): How long an environment may take for an answer, in seconds.
+
+    Attributes:
+        factories (`dict[str | None, Callable]`): What makes an environment, by name.
     """
 
     def __init__(self, factory: EnvironmentFactory | dict[str, EnvironmentFactory], timeout: float = math.inf):
         self.timeout = timeout
         self.named = isinstance(factory, dict)
-        self._factories = factory if self.named else {None: factory}
-        self._idle: dict[str | None, list[EnvironmentWorker]] = {name: [] for name in self._factories}
+        self.factories = factory if self.named else {None: factory}
+        self._idle: dict[str | None, list[EnvironmentWorker]] = {name: [] for name in self.factories}
         self._closing: list[EnvironmentWorker] = []
 
     @property
     def names(self) -> list[str | None]:
         """The environments' names; `[None]` if there is a single, unnamed factory."""
-        return list(self._factories)
+        return list(self.factories)
 
     def take(self, name: str | None, fresh: bool = False) -> EnvironmentWorker:
         """An environment that nobody uses; a `fresh` one was never used. Raises `KeyError` if there is none of that name."""
         idle = self._idle[name]
-        return idle.pop() if idle and not fresh else EnvironmentWorker(self._factories[name])
+        return idle.pop() if idle and not fresh else EnvironmentWorker(self.factories[name])
 
     def wait_for(self, answer: Future) -> Any:
         """What a worker answers. Raises `EnvironmentTimeout` if it takes too long, and what the environment raised."""
