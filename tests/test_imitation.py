@@ -170,7 +170,7 @@ class TestEpisodes:
         number = count()
 
         def expert(env):
-            if next(number) == 1:
+            if next(number) == 0:
                 raise OSError("asleep")
             return lambda observation, info: "right"
 

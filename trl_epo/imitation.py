@@ -49,6 +49,7 @@ from .trainer import EPOTrainer
 logger = logging.getLogger(__name__)
 
 TEACHER_REQUESTS = 8  # at once
+ENOUGH_TO_GIVE_UP = 8  # episodes none of which can be used
 IGNORED = -100  # the label of a token without loss
 
 Chat = list[dict[str, str]]
@@ -239,9 +240,10 @@ def demonstrate(
                 if not (episode.failed or cut):
                     usable.append(replace(episode, environment=start.environment))
                 why = episode.failures[-1].cause if episode.failed else "an action has more tokens than that"
-            if not usable:
+            num_played = first + len(batch)
+            if not usable and num_played >= min(ENOUGH_TO_GIVE_UP, len(starts)):
                 raise ValueError(
-                    f"None of the first {len(batch)} demonstrated episodes can be used ({num_cut} hold a text that is longer "
+                    f"None of the first {num_played} demonstrated episodes can be used ({num_cut} hold a text that is longer "
                     f"than `max_turn_length={player.limits.max_turn_length}` tokens, {num_failed} failed): {why}."
                 )
     if num_failed or num_cut:
