@@ -10,7 +10,6 @@ come with the games, then EPO with a sparse reward. The panels are games of room
 (OOD). Every flag of EPOConfig works, e.g. `--advantage_estimator gae --critic_learning_rate 1e-3` for PPO.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -19,7 +18,7 @@ from shared import PretrainedArguments, train_pretrained
 from trl import TrlParser
 
 from trl_epo import EPOConfig
-from trl_epo.envs.alfworld import AlfWorld, expert_actions, tasks
+from trl_epo.envs.alfworld import AlfWorld, tasks
 
 
 @dataclass
@@ -50,11 +49,6 @@ SETTINGS = {
 }
 
 
-def play_solution(env: AlfWorld, info: dict) -> Callable[[], str]:
-    """The solution that comes with the game."""
-    return iter(expert_actions(info["game"])).__next__
-
-
 def main() -> None:
     parser = TrlParser((AlfWorldArguments, EPOConfig))
     parser.set_defaults(**SETTINGS)
@@ -68,7 +62,6 @@ def main() -> None:
         script,
         args,
         factory=partial(AlfWorld, turns=args.max_turns),
-        expert=play_solution,
         train_rows=games("train"),
         panels={split: rows.select(range(min(script.panel_size, len(rows)))) for split, rows in panels.items()},
         name="alfworld",

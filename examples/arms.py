@@ -9,19 +9,20 @@ come and arms that are in it are not run again, so several of these can share a 
 """
 
 import json
+import random
 import statistics
 from collections import defaultdict
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from quickstart import DEMO_SETTINGS, WARM_UP_SETTINGS, make_household, make_model, make_tokenizer
-from shared import Chat, expert_chats, household_expert, warm_up
+from quickstart import DEMO_SETTINGS, WARM_UP_SETTINGS, game_text, make_household, make_model, make_tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
 from trl import TrlParser
 
 from trl_epo import EPOConfig, EPOTrainer
 from trl_epo.envs import household
-from trl_epo.rollouts import PastTurn, TurnView
+from trl_epo.imitation import Demonstration, environment_expert, expert_episodes, warm_up
+from trl_epo.rollouts import TurnView
 
 
 GRPO = {"entropy_coef": 0.0}
@@ -76,46 +77,34 @@ def window_prompt(turn: TurnView) -> str:
     return f"{past} {turn.observation}".strip()
 
 
-def turn_chats(chat: Chat, context_turns: int) -> list[Chat]:
-    """An expert's chat as one for each of its turns, with the prompt that a window would show."""
-    observations, actions = ([m["content"] for m in chat if m["role"] == role] for role in ("user", "assistant"))
-    past = [PastTurn(observation, action, action) for observation, action in zip(observations, actions, strict=True)]
-    chats = []
-    for number, (observation, action) in enumerate(zip(observations, actions, strict=True)):
-        history = tuple(past[max(0, number - context_turns) : number])
-        prompt = window_prompt(TurnView([], observations[0], number, history, observation, {}))
-        chats.append([{"role": "user", "content": prompt}, {"role": "assistant", "content": action}])
-    return chats
-
-
-def warm_policy(script: ArmsArguments, args: EPOConfig, context: str, seed: int) -> Path:
+def warm_policy(script: ArmsArguments, settings: dict, context: str, seed: int) -> Path:
     """A folder with a policy that imitates the expert; made once."""
-    folder = Path(args.output_dir) / "warm" / f"{context}-{seed}"
+    folder = Path(settings["output_dir"]) / "warm" / f"{context}-{seed}"
     if (folder / "model.safetensors").exists():
         return folder
+    args = EPOConfig(**{**settings, "output_dir": str(folder), "seed": seed, "context": context})
     set_seed(seed)
     rows = household.tasks("train", script.warm_up_episodes, rooms=2, turns=args.max_turns, seed=100 + seed)
-    env = make_household()
-    chats = expert_chats(env, rows, household_expert, noise=0.3, seed=seed)
-    env.close()
-    tokenizer = make_tokenizer(chats)
-    if context == "window":
-        chats = [turn_chat for chat in chats for turn_chat in turn_chats(chat, args.context_turns)]
-    model = warm_up(
+    env = Demonstration(make_household(), environment_expert, noise=0.3, draw=random.Random(seed))
+    tokenizer = make_tokenizer(game_text(env, rows))
+    trainer = EPOTrainer(
         make_model(tokenizer),
-        tokenizer,
-        chats,
+        args=args,
+        train_dataset=rows,
+        processing_class=tokenizer,
+        environment_factory=make_household,
+        prompt_builder=window_prompt if args.context == "window" else None,
+    )
+    warm_up(
+        trainer,
+        expert_episodes(trainer, rows, noise=0.3),
         learn_observations=True,
-        output_dir=str(folder / "warm_up"),
-        per_device_train_batch_size=4 if context == "transcript" else 16,
+        per_device_train_batch_size=4 if args.context == "transcript" else 16,
         learning_rate=6e-3,
-        use_cpu=args.use_cpu,
-        seed=seed,
-        disable_tqdm=True,
         **WARM_UP_SETTINGS,
     )
     tokenizer.save_pretrained(folder)
-    model.save_pretrained(folder)
+    trainer.model.save_pretrained(folder)
     return folder
 
 
@@ -123,7 +112,7 @@ def run_arm(script: ArmsArguments, settings: dict, arm: str, context: str, seed:
     """Train a copy of the warm policy; the arm's row of `results.jsonl`."""
     output_dir = Path(settings["output_dir"]) / f"{arm}-{context}-{seed}"
     args = EPOConfig(**{**settings, "output_dir": str(output_dir), "seed": seed, "context": context, **ARMS[arm]})
-    folder = warm_policy(script, EPOConfig(**settings), context, seed)
+    folder = warm_policy(script, settings, context, seed)
     knobs = {"rooms": 2, "turns": args.max_turns}
     trainer = EPOTrainer(
         AutoModelForCausalLM.from_pretrained(folder),

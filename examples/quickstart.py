@@ -15,20 +15,14 @@ Every flag of EPOConfig works, and another environment or model:
 Left out for brevity: checkpoints during the run (--save_steps), wandb (--report_to wandb), LoRA (peft_config=…).
 """
 
+import random
 import time
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
 
 from datasets import Dataset
-from shared import (
-    Chat,
-    TaskReminder,
-    expert_chats,
-    household_expert,
-    scienceworld_expert,
-    train_between_panels,
-    warm_up,
-)
+from shared import TaskReminder, train_between_panels
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
     AutoModelForCausalLM,
@@ -42,6 +36,7 @@ from trl import TrlParser
 
 from trl_epo import EPOConfig, EPOTrainer
 from trl_epo.envs import household, scienceworld
+from trl_epo.imitation import Demonstration, environment_expert, expert_episodes, warm_up
 
 
 @dataclass
@@ -86,10 +81,7 @@ WARM_UP_SETTINGS = {
     "lr_scheduler_type": "linear",
     "warmup_steps": 50,
     "adam_beta2": 0.98,
-    "max_length": 2048,
     "logging_steps": 100,
-    "bf16": False,
-    "gradient_checkpointing": False,
 }
 
 CHAT_TEMPLATE = (
@@ -99,7 +91,18 @@ CHAT_TEMPLATE = (
 SPECIAL_TOKENS = ["<|pad|>", "<|end|>", "<|system|>", "<|user|>", "<|assistant|>"]
 
 
-def make_tokenizer(chats: list[Chat]) -> PreTrainedTokenizerFast:
+def game_text(env: Demonstration, rows: Iterable[dict]) -> Iterator[str]:
+    """What is said in the expert's episodes."""
+    for row in rows:
+        row = dict(row)
+        observation, _ = env.reset(seed=row.pop("seed", 0), options=row)
+        while env.text is not None:
+            yield from (observation, env.text)
+            observation, *_ = env.step(env.text)
+    env.close()
+
+
+def make_tokenizer(texts: Iterable[str]) -> PreTrainedTokenizerFast:
     """A byte-level tokenizer trained on the environment's text."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -110,7 +113,7 @@ def make_tokenizer(chats: list[Chat]) -> PreTrainedTokenizerFast:
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    tokenizer.train_from_iterator((message["content"] for chat in chats for message in chat), trainer)
+    tokenizer.train_from_iterator(texts, trainer)
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         eos_token="<|end|>",
@@ -155,49 +158,30 @@ def main() -> None:
     set_seed(args.seed)
     start = time.perf_counter()
 
-    # The environment: rows to train on, rows that are never trained on, and an expert.
+    # The environment: rows to train on, and rows that are never trained on.
     if script.environment == "household":
         knobs = {"rooms": script.rooms, "turns": args.max_turns}
-        factory, expert = make_household, household_expert
+        factory = make_household
         warm_up_rows = household.tasks("train", script.warm_up_episodes, **knobs, seed=1)
         train_rows = household.tasks("train", args.max_steps * 8, **knobs, seed=2)
         panels = {split: household.tasks(split, script.panel_size, **knobs, seed=3) for split in ("iid", "ood")}
         noise = 0.3  # imitated as well: the warm policy wanders, and EPO has to find out what leads to the goal
     else:
-        factory, expert = partial(scienceworld.ScienceWorld, turns=args.max_turns), scienceworld_expert
+        factory = partial(scienceworld.ScienceWorld, turns=args.max_turns)
         train_rows = scienceworld.tasks("train", [script.task])
         warm_up_rows = repeated(train_rows, script.warm_up_episodes)
         panels = {split: scienceworld.tasks(split, [script.task]).shuffle(seed=3) for split in ("iid", "ood")}
         panels = {split: rows.select(range(min(script.panel_size, len(rows)))) for split, rows in panels.items()}
         noise = 0.0
 
-    # The policy: a given one, or a new one; then the warm-up.
-    env = factory()
-    chats = expert_chats(env, warm_up_rows, expert, noise=noise, seed=args.seed)
-    env.close()
+    # The policy: a given one, or a new one.
     if script.model is None:
-        tokenizer = make_tokenizer(chats)
+        env = Demonstration(factory(), environment_expert, noise=noise, draw=random.Random(args.seed))
+        tokenizer = make_tokenizer(game_text(env, warm_up_rows))
         model = make_model(tokenizer)
     else:
         tokenizer = AutoTokenizer.from_pretrained(script.model)
         model = AutoModelForCausalLM.from_pretrained(script.model)
-    print(f"Policy: {model.num_parameters():,} weights. Warm-up on {len(chats)} expert episodes …", flush=True)
-    if chats:
-        model = warm_up(
-            model,
-            tokenizer,
-            chats,
-            learn_observations=script.model is None,
-            output_dir=f"{args.output_dir}/warm_up",
-            per_device_train_batch_size=4,
-            learning_rate=script.warm_up_learning_rate,
-            use_cpu=args.use_cpu,
-            seed=args.seed,
-            disable_tqdm=args.disable_tqdm,
-            **WARM_UP_SETTINGS,
-        )
-
-    # EPO.
     trainer = EPOTrainer(
         model,
         args=args,
@@ -206,6 +190,18 @@ def main() -> None:
         processing_class=tokenizer,
         environment_factory=factory,
     )
+
+    # The warm-up, then EPO.
+    print(f"Policy: {model.num_parameters():,} weights. Warm-up on {len(warm_up_rows)} expert episodes …", flush=True)
+    if len(warm_up_rows):
+        warm_up(
+            trainer,
+            expert_episodes(trainer, warm_up_rows, noise=noise),
+            learn_observations=script.model is None,  # a pretrained one can read
+            per_device_train_batch_size=4,
+            learning_rate=script.warm_up_learning_rate,
+            **WARM_UP_SETTINGS,
+        )
     train_between_panels(trainer, script.environment, start)
 
 

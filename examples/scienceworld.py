@@ -13,7 +13,7 @@ Every flag of EPOConfig works, e.g. `--advantage_estimator gae --critic_learning
 from dataclasses import dataclass, field
 from functools import partial
 
-from shared import PretrainedArguments, scienceworld_expert, train_pretrained
+from shared import PretrainedArguments, train_pretrained
 from trl import TrlParser
 
 from trl_epo import EPOConfig
@@ -56,7 +56,6 @@ def main() -> None:
         script,
         args,
         factory=partial(ScienceWorld, turns=args.max_turns),
-        expert=scienceworld_expert,
         train_rows=tasks("train", [script.task]),
         panels=panels,
         name=f"scienceworld/{script.task}",

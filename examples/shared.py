@@ -1,14 +1,12 @@
 """
-What the examples share: imitation of an expert, so that reinforcement learning starts from a policy that sometimes
-succeeds; and a training run between two looks at held-out panels, with what it leaves behind.
+What the examples share: a training run between two looks at held-out panels, with what it leaves behind.
 """
 
 import json
-import random
 import resource
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
@@ -24,20 +22,15 @@ from transformers import (
     PreTrainedTokenizerBase,
     set_seed,
 )
-from trl import SFTConfig, SFTTrainer
 
 from trl_epo import EPOConfig, EPOTrainer
 from trl_epo.envs import TextEnv
+from trl_epo.imitation import expert_episodes, warm_up
 from trl_epo.reports import plot_training
-from trl_epo.rollouts import ChatEncoder
 
 
 # A script's folder comes first on the path, where `examples/scienceworld.py` would hide the package of that name.
 sys.path[:] = [path for path in sys.path if Path(path).resolve() != Path(__file__).resolve().parent]
-
-Chat = list[dict[str, str]]
-# Given an environment that was just reset, and its info: a function that says the next action.
-Expert = Callable[[TextEnv, dict], Callable[[], str]]
 
 
 def load_smollm2() -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
@@ -68,7 +61,6 @@ def train_pretrained(
     script: PretrainedArguments,
     args: EPOConfig,
     factory: Callable[[], TextEnv],
-    expert: Expert,
     train_rows: Dataset,
     panels: dict[str, Dataset],
     name: str,
@@ -81,28 +73,6 @@ def train_pretrained(
     else:
         model = AutoModelForCausalLM.from_pretrained(script.model)
         tokenizer = AutoTokenizer.from_pretrained(script.model, padding_side="left")
-    env = factory()
-    chats = expert_chats(env, train_rows, expert)
-    env.close()
-    print(f"Warm-up on {len(chats)} expert episodes of {name}, {script.warm_up_epochs} times …", flush=True)
-    model = warm_up(
-        model,
-        tokenizer,
-        chats,
-        learn_observations=False,
-        peft_config=LoraConfig(r=script.lora_r, lora_alpha=2 * script.lora_r, target_modules=["q_proj", "v_proj"]),
-        output_dir=f"{args.output_dir}/warm_up",
-        num_train_epochs=script.warm_up_epochs,
-        per_device_train_batch_size=4,
-        learning_rate=script.warm_up_learning_rate,
-        lr_scheduler_type="cosine",
-        max_length=2048,
-        logging_steps=10,
-        use_cpu=args.use_cpu,
-        gradient_checkpointing=args.gradient_checkpointing,
-        seed=args.seed,
-        disable_tqdm=args.disable_tqdm,
-    )
     trainer = EPOTrainer(
         model,
         args=args,
@@ -110,6 +80,18 @@ def train_pretrained(
         eval_dataset=panels,
         processing_class=tokenizer,
         environment_factory=factory,
+        peft_config=LoraConfig(r=script.lora_r, lora_alpha=2 * script.lora_r, target_modules=["q_proj", "v_proj"]),
+    )
+    episodes = expert_episodes(trainer, train_rows)
+    print(f"Warm-up on {len(episodes)} expert episodes of {name}, {script.warm_up_epochs} times …", flush=True)
+    warm_up(
+        trainer,
+        episodes,
+        num_train_epochs=script.warm_up_epochs,
+        per_device_train_batch_size=4,
+        learning_rate=script.warm_up_learning_rate,
+        lr_scheduler_type="cosine",
+        logging_steps=10,
     )
     train_between_panels(trainer, name, start)
 
@@ -125,99 +107,6 @@ class TaskReminder(gymnasium.Wrapper):
     def step(self, action):
         observation, *rest = self.env.step(action)
         return f"{observation} {self.task}.", *rest
-
-
-def household_expert(env: TextEnv, info: dict) -> Callable[[], str]:
-    """Plans anew before each action, from whatever state the environment is in."""
-    return env.unwrapped.expert_action
-
-
-def scienceworld_expert(env: TextEnv, info: dict) -> Callable[[], str]:
-    """
-    Plays ScienceWorld's own gold actions, and looks around before it focuses on something: the gold actions name things
-    that no observation has shown, which a policy could only guess.
-    """
-    actions = []
-    for action in env.unwrapped.expert_actions():
-        actions += ["look around", action] if action.startswith("focus on") else [action]
-    remaining: Iterator[str] = iter(actions)
-    return lambda: next(remaining)
-
-
-def expert_chats(
-    env: TextEnv, rows: Iterable[dict], expert: Expert, wrap: str = "{}", noise: float = 0.0, seed: int = 0
-) -> list[Chat]:
-    """
-    Let an expert play each row and write the episode down as a chat.
-
-    With `noise`, a fraction of the actions is drawn from the admissible ones instead (only for an expert that plans
-    anew): the chats then show how to go on after a mistake, which a policy that makes mistakes needs to know.
-    """
-    draw = random.Random(seed)
-    chats = []
-    for row in rows:
-        row = dict(row)
-        observation, info = env.reset(seed=row.pop("seed", seed), options=row)
-        next_action = expert(env, info)
-        chat: Chat = []
-        ended = False
-        while not ended:
-            if draw.random() < noise:
-                useful = [a for a in info["admissible_actions"] if a not in ("look", "inventory")]
-                action = draw.choice(useful or ["look"])
-            else:
-                action = next_action()
-            chat.append({"role": "user", "content": observation})
-            chat.append({"role": "assistant", "content": wrap.format(action)})
-            observation, _, terminated, truncated, info = env.step(action)
-            ended = terminated or truncated
-        chats.append(chat)
-    return chats
-
-
-def tokenized(chat: Chat, encoder: ChatEncoder, learn_observations: bool) -> dict[str, list[int]]:
-    """A chat as the trainer will lay it out, with labels on the actions and, if asked for, on all else too."""
-    tokenizer = encoder.tokenizer
-
-    def labels(ids: list[int]) -> list[int]:
-        return ids if learn_observations else [-100] * len(ids)
-
-    ids = encoder.encode_prompt(chat[:1])
-    row = {"input_ids": list(ids), "labels": list(labels(ids))}
-    for message in chat[1:]:
-        if message["role"] == "assistant":
-            ids = [*tokenizer.encode(message["content"], add_special_tokens=False), tokenizer.eos_token_id]
-            row["labels"] += ids
-        else:
-            ids = encoder.encode_observation(message["content"], last_action_token=tokenizer.eos_token_id)
-            row["labels"] += labels(ids)
-        row["input_ids"] += ids
-    return row
-
-
-def warm_up(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    chats: list[Chat],
-    learn_observations: bool,
-    peft_config=None,
-    **kwargs,
-) -> PreTrainedModel:
-    """
-    Train `model` to write the assistant's messages of `chats`; `kwargs` are `SFTConfig`'s.
-
-    A new model learns to read from the observations (`learn_observations`); a pretrained one can read.
-    """
-    encoder = ChatEncoder(tokenizer, [tokenizer.eos_token_id])
-    trainer = SFTTrainer(
-        model,
-        args=SFTConfig(save_strategy="no", report_to="none", **kwargs),
-        train_dataset=Dataset.from_list([tokenized(chat, encoder, learn_observations) for chat in chats]),
-        processing_class=tokenizer,
-        peft_config=peft_config,
-    )
-    trainer.train()
-    return trainer.model
 
 
 def train_between_panels(trainer: EPOTrainer, environment: str, start: float) -> dict:

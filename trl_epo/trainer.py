@@ -22,6 +22,7 @@ from .reports import (
     enough_played,
     episode_metrics,
     evaluation_metrics,
+    play_example,
     show_episodes,
     show_progress,
 )
@@ -234,6 +235,11 @@ class EPOTrainer(SeamedGRPOTrainer):
         return result
 
     @property
+    def player(self) -> EpisodePlayer | None:
+        """What plays text episodes; `None` where there are none."""
+        return self._player
+
+    @property
     def entropy_history(self) -> EntropyHistory:
         """The entropies of the RL steps so far."""
         return self.entropy_term.history
@@ -391,7 +397,10 @@ class EPOTrainer(SeamedGRPOTrainer):
         return enough_played(metrics, self.args.metric_for_best_model, self.args.max_failed_fraction)
 
     def extend_model_card(self, path: Path) -> None:
-        complete_model_card(path, self.args, self.state.log_history)
+        example = None
+        if self._player is not None:
+            example = play_example(self.args, self._player.environments.factories, next(iter(self.train_dataset)))
+        complete_model_card(path, self.args, self.state.log_history, example)
 
     # Checkpoints
 

@@ -434,6 +434,12 @@ class TestCommands:
         assert "trl-epo evaluate " in (err if code else out)
         assert (out if code else err) == ""
 
+    def test_what_train_leaves_is_played(self, trained, capsys):
+        for folder in (trained, trained / "checkpoint-2"):
+            cli.main(["play", str(folder)])
+            assert "after 3 turns (max_turns)" in capsys.readouterr().out
+        assert f"trl-epo play {trained}" in (trained / "README.md").read_text()
+
     @pytest.mark.jvm
     def test_scienceworld_small(self, tmp_path, model_folder):
         flags = ("--config", CONFIGS / "scienceworld-small.yaml", "--model_name_or_path", model_folder)

@@ -1,11 +1,13 @@
 """
 The command line:
 
+    trl-epo warm-up  --config examples/configs/household-small.yaml --model_name_or_path MODEL --output_dir runs/warm
     trl-epo train    --config examples/configs/household-small.yaml --model_name_or_path MODEL --output_dir runs/a
     trl-epo evaluate --config examples/configs/household-small.yaml --model_name_or_path runs/a --output_dir runs/a
+    trl-epo play     runs/a
     trl-epo view     runs/a
 
-`train` and `evaluate`: every field of `EPOConfig`, TRL's `ModelConfig` and `ScriptArguments` is a key of the config file and a
+`warm-up`, `train`, `evaluate` and `play`: every field of `EPOConfig`, TRL's `ModelConfig` and `ScriptArguments` is a key of the config file and a
 flag; flags win. With several processes: `accelerate launch -m trl_epo train …`. `view` writes a page to look at a run.
 """
 
@@ -19,7 +21,7 @@ from .usage import UsageError
 
 
 USAGE = f"{__doc__.strip()}\n\nHelp on a command: trl-epo train --help"
-COMMANDS = ("train", "evaluate", "view")
+COMMANDS = ("warm-up", "train", "evaluate", "play", "view")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -51,6 +53,14 @@ def _run(command: str, arguments: list[str]) -> None:
         from .view import view
 
         return view(arguments)
+    if command == "play":
+        from .play import play
+
+        return play(arguments)
+    if command == "warm-up":
+        from .warm_up import warm_up
+
+        return warm_up(arguments)
     from .evaluate import evaluate
     from .settings import parse
     from .train import train

@@ -5,6 +5,7 @@ import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from importlib import import_module
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import gymnasium
@@ -12,6 +13,7 @@ from datasets import Dataset
 from trl import ModelConfig, TrlParser
 
 from ..config import EPOConfig
+from ..reports import PLAY_SETTINGS_FILE, play_settings
 from .usage import UsageError
 
 
@@ -169,27 +171,37 @@ class ScriptArguments:
         return {split: self.rows(split, self.eval_size) for split in self.eval_splits}
 
 
-def parse(command: str, arguments: Sequence[str]) -> tuple[ScriptArguments, EPOConfig, ModelConfig]:
+def save_play_settings(script: ScriptArguments, args: EPOConfig) -> None:
+    """Leave beside the model what `trl-epo play` needs to know, as a config file."""
+    names = ("environment", "environment_kwargs", "tasks", "tasks_kwargs", "tasks_seed", "eval_splits")
+    settings = {name: getattr(script, name) for name in names} | play_settings(args)
+    Path(args.output_dir).mkdir(parents=True, exist_ok=True)
+    Path(args.output_dir, PLAY_SETTINGS_FILE).write_text(json.dumps(settings, indent=2) + "\n")
+
+
+def parse(command: str, arguments: Sequence[str], *more: type) -> tuple:
     """
-    The settings of a command from its flags and, with `--config`, a file; flags win.
+    The settings of a command from its flags and, with `--config`, a file; flags win: [`ScriptArguments`], [`EPOConfig`],
+    TRL's `ModelConfig` and one of each class of `more`.
 
     Raises:
         SystemExit: If a key or flag is unknown or a value is impossible, after a message that names it.
     """
     prog = f"trl-epo {command}"
     parser = TrlParser(
-        (ScriptArguments, EPOConfig, ModelConfig),
+        (ScriptArguments, EPOConfig, ModelConfig, *more),
         prog=prog,
         usage=f"{prog} [--config FILE] [--FLAG VALUE ...]",
         allow_abbrev=False,
     )
     try:
-        script, args, model_args, unknown = parser.parse_args_and_config(arguments, return_remaining_strings=True)
+        *settings, unknown = parser.parse_args_and_config(arguments, return_remaining_strings=True)
         if unknown:
             raise ValueError(f"There is no setting of the name {unknown[0].removeprefix('--')!r} (see {prog} --help).")
-        if model_args.model_name_or_path is None:
+        needs_model = not any(getattr(given, "human", False) for given in settings)
+        if needs_model and settings[2].model_name_or_path is None:
             raise ValueError("`model_name_or_path` is not set: give a model's folder, or its name on the Hub.")
-        return script, args, model_args
+        return tuple(settings)
     except (ValueError, TypeError, OSError) as error:
         parser.error(str(error))
 

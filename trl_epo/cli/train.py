@@ -13,7 +13,7 @@ from trl import ModelConfig, get_peft_config, get_quantization_config
 from ..config import EPOConfig
 from ..runs import last_whole_checkpoint
 from ..trainer import EPOTrainer
-from .settings import ScriptArguments
+from .settings import ScriptArguments, save_play_settings
 from .usage import UsageError
 
 
@@ -109,6 +109,8 @@ def train(script: ScriptArguments, args: EPOConfig, model_args: ModelConfig) -> 
         if trainer.is_world_process_zero():
             nothing = f"there is no whole checkpoint in {args.output_dir}, training begins anew"
             logger.warning("--resume: %s.", nothing if checkpoint is None else f"training goes on from {checkpoint}")
+    if trainer.is_world_process_zero():
+        save_play_settings(script, args)
     trainer.train(resume_from_checkpoint=checkpoint)
     trainer.save_model()
     trainer.save_state()

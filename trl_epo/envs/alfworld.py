@@ -238,3 +238,15 @@ class AlfWorld(ProcessEnv):
     def __init__(self, game: str | os.PathLike | None = None, turns: int | None = 50):
         LocalAlfWorld(game, turns)  # complains here, not in the process
         super().__init__(partial(_start_process, game, turns))
+        self._game: str | None = None  # of the last reset
+
+    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[str, dict[str, Any]]:
+        observation, info = super().reset(seed=seed, options=options)
+        self._game = info["game"]
+        return observation, info
+
+    def expert_actions(self) -> list[str]:
+        """The solution that comes with the current game, from its first observation on."""
+        if self._game is None:
+            raise RuntimeError("there is no current game: call env.reset() first.")
+        return expert_actions(self._game)

@@ -50,6 +50,9 @@ class TextEnv(gymnasium.Env[str, str]):
     tell that a call has not begun, as another environment is at work, or is about to raise that error; it then gets as much
     time again.
 
+    An environment that knows a solution may have one of two methods, which `trl_epo.imitation` asks: `expert_action()`, the
+    next action from whatever state it is in, or `expert_actions()`, all of them from the first observation on.
+
     By convention `"admissible_actions"` (`list[str]`) holds what may be done now, and where that is too much,
     `"action_templates"` (`list[str]`) the forms of actions. Only the default prompt of a window shows them.
     """

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     )
     from .kept_episodes import EpisodeKeeper
     from .metrics import episode_metrics
-    from .model_card import PAPER, complete_model_card
+    from .model_card import PAPER, PLAY_SETTINGS_FILE, complete_model_card, play_example, play_settings
     from .plots import plot_training
     from .progress import show_progress
     from .timing import SAMPLING, SCORING, StepTimes
@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "PAPER",
+    "PLAY_SETTINGS_FILE",
     "SAMPLING",
     "SCORING",
     "EpisodeKeeper",
@@ -41,6 +42,8 @@ __all__ = [
     "evaluation_metrics",
     "failed_share",
     "mean_success",
+    "play_example",
+    "play_settings",
     "plot_training",
     "run_success",
     "show_episodes",
@@ -52,6 +55,7 @@ __all__ = [
 _MODULES = {
     "EpisodeKeeper": "kept_episodes",
     "PAPER": "model_card",
+    "PLAY_SETTINGS_FILE": "model_card",
     "SAMPLING": "timing",
     "SCORING": "timing",
     "StepTimes": "timing",
@@ -61,6 +65,8 @@ _MODULES = {
     "evaluation_metrics": "evaluation",
     "failed_share": "evaluation",
     "mean_success": "evaluation",
+    "play_example": "model_card",
+    "play_settings": "model_card",
     "plot_training": "plots",
     "run_success": "evaluation",
     "show_episodes": "trackers",

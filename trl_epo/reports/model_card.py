@@ -1,6 +1,9 @@
 """What TRL's model card does not say of a run: EPO's settings and how the agent did."""
 
+import re
 import textwrap
+from collections.abc import Callable
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -41,9 +44,71 @@ SETTINGS = (
 RESULTS = ("episode/success_rate", "episode/return", "episode/turns")
 
 
-def complete_model_card(path: Path, args: EPOConfig, log_history: list[dict[str, Any]]) -> None:
-    """Add a section on the run to the model card at `path`, and mend what TRL writes for a model without a name."""
+PLAY_SETTINGS_FILE = "trl_epo.json"  # beside a model: the config file with which `trl-epo play` plays it
+# What of `EPOConfig` an episode depends on
+PLAY_SETTINGS = (
+    *("max_turns", "max_turn_length", "max_completion_length", "max_observation_length"),
+    *("context", "context_turns", "context_overflow", "chat_template_kwargs"),
+    *("temperature", "eval_temperature", "top_p", "top_k", "min_p", "repetition_penalty", "bf16"),
+)
+
+
+def play_settings(args: EPOConfig) -> dict[str, Any]:
+    """The settings that an episode depends on and that are not the defaults."""
+    defaults = {field.name: field.default for field in fields(args)}
+    settings = {name: getattr(args, name) for name in PLAY_SETTINGS}
+    return {name: value for name, value in settings.items() if value != defaults[name]}
+
+
+def play_example(args: EPOConfig, factories: dict[str | None, Callable], row: dict[str, Any]) -> str:
+    """
+    How to let the model play an episode, as a block of code: a command where its settings are beside the model, else Python.
+
+    Args:
+        args ([`EPOConfig`]): The settings of training.
+        factories (`dict[str | None, Callable]`): What makes the environments, by name.
+        row (`dict`): A dataset row.
+    """
+    folder = args.hub_model_id or args.output_dir
+    if Path(args.output_dir, PLAY_SETTINGS_FILE).exists():
+        lines = [f"trl-epo play {folder}"]
+        if args.hub_model_id:
+            lines = [f"hf download {folder} --local-dir model", "trl-epo play model"]
+        return "\n".join(["```bash", *lines, "```"])
+    factory = factories[None] if list(factories) == [None] else None
+    module, name = getattr(factory, "__module__", None), getattr(factory, "__qualname__", "")
+    if module not in (None, "__main__") and name.isidentifier():
+        imported, defined = [f"from {module} import {name}"], []
+    else:
+        name = "make_environment"
+        imported, defined = [], [f"{name} = ...  # the `environment_factory` of training"]
+    row = {column: value for column, value in row.items() if value is not None}
+    settings = "".join(f", {key}={value!r}" for key, value in play_settings(args).items())
+    return "\n".join(
+        [
+            "```python",
+            "from trl_epo import EPOConfig",
+            *imported,
+            "from trl_epo.play import play",
+            "",
+            *defined,
+            f'args = EPOConfig("play"{settings})',
+            f"play({folder!r}, {name}, row={row!r}, args=args)",
+            "```",
+        ]
+    )
+
+
+def complete_model_card(
+    path: Path, args: EPOConfig, log_history: list[dict[str, Any]], example: str | None = None
+) -> None:
+    """
+    Add a section on the run to the model card at `path`, mend what TRL writes for a model without a name, and put `example`
+    in the place of TRL's question.
+    """
     text = path.read_text()
+    if example is not None:
+        text = re.sub(r"(?<=## Quick start\n\n)```python\n.*?```", lambda _: example, text, count=1, flags=re.DOTALL)
     text = text.replace(
         "This model is a fine-tuned version of [None](https://huggingface.co/None)",
         "This model was trained from a model that is not on the Hub",

@@ -9,9 +9,9 @@ Imports: sampling and what is below; knows no trainer. Open first: `episode.py`,
 from .argument_checks import check_other_arguments, check_text_episode_arguments, episode_reward_weights, set_defaults
 from .chat import ChatEncoder
 from .contexts import ContextRules, PastTurn, PromptBuilder, TurnView, build_prompt, describe_turn
-from .dataset_rows import FirstRow, check_first_row, placeholder_dataset
+from .dataset_rows import FirstRow, check_first_row, environment_options, placeholder_dataset
 from .environment_pool import EnvironmentPool, make_environment_pool
-from .episode import Episode, EpisodeSummary, StopReason, Turn, episode_return
+from .episode import Episode, EpisodeSummary, StopReason, Turn, episode_return, episode_row
 from .player import EPISODES_FOLDER, FAILURES_FILE, EpisodePlayer, PlayedBatch, TooManyFailures
 from .rollout import ActionParser, EpisodeStart, Limits, parse_action, parse_tagged_action, play_episodes
 
@@ -41,8 +41,10 @@ __all__ = [
     "check_other_arguments",
     "check_text_episode_arguments",
     "describe_turn",
+    "environment_options",
     "episode_return",
     "episode_reward_weights",
+    "episode_row",
     "make_environment_pool",
     "parse_action",
     "parse_tagged_action",

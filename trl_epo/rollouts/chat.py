@@ -88,6 +88,8 @@ class ChatEncoder:
         # Not every one stands at the beginning, and what stands there may be the next turn's header.
         before = self._added_pattern.findall(self._before_observation) if self._added_pattern else []
         self._ends_of_turn = {added[token] for token in before} & self.eos_token_ids
+        written_ends = [added[token] for token in before if added[token] in self.eos_token_ids]
+        self._end_of_turn: int = next(iter(written_ends), tokenizer.eos_token_id)
 
     def encode_prompt(self, messages: list[dict[str, str]]) -> list[int]:
         """
@@ -119,6 +121,14 @@ class ChatEncoder:
         """
         ids = self._encode([(self._before_observation, True), (observation, False), (self._after_observation, True)])
         return ids[ids.index(last_action_token) + 1 :] if last_action_token in self._ends_of_turn else ids
+
+    def encode_action(self, text: str) -> list[int]:
+        """
+        Token ids of what the assistant says, as a model samples them that ends its turn as the template does. No special
+        token is read from `text` but those that tell a thought from what follows it.
+        """
+        parts = re.split(f"({THINK}|{END_OF_THOUGHT})", text)
+        return [*self._encode([(part, part in (THINK, END_OF_THOUGHT)) for part in parts if part]), self._end_of_turn]
 
     def decode(self, token_ids: Sequence[int]) -> str:
         """The text of a turn, without special tokens other than those that tell a thought from what follows it."""

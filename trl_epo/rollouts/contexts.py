@@ -218,6 +218,16 @@ class ContextRules:
                     roomiest = choice
         return roomiest
 
+    def messages(self, turn: TurnView, past: list[PastTurn]) -> list[dict[str, Any]]:
+        """A turn's context as messages: its prompt where there are windows, else the transcript of all turns so far."""
+        if self.window:
+            return self._build(turn)
+        chat = add_observation(turn.prompt, turn.task)
+        observations = [*(then.observation for then in past[1:]), turn.observation][: len(past)]
+        for then, observation in zip(past, observations, strict=True):
+            chat += [{"role": "assistant", "content": then.text}, {"role": "user", "content": observation}]
+        return whole_messages(chat)
+
     def _build(self, turn: TurnView) -> list[dict[str, Any]]:
         built = self.prompt_builder(turn)
         return whole_messages(add_observation(turn.prompt, built) if isinstance(built, str) else built)

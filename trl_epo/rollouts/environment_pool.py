@@ -148,25 +148,26 @@ class EnvironmentPool:
 
     Attributes:
         seconds_awaited (`float`): How long rollouts have waited for answers and done nothing else, in seconds.
+        factories (`dict[str | None, Callable]`): What makes an environment, by name.
     """
 
     def __init__(self, factory: EnvironmentFactory | dict[str, EnvironmentFactory], timeout: float = math.inf):
         self.timeout = timeout
         self.seconds_awaited = 0.0
         self.named = isinstance(factory, dict)
-        self._factories = factory if self.named else {None: factory}
-        self._idle: dict[str | None, list[EnvironmentWorker]] = {name: [] for name in self._factories}
+        self.factories = factory if self.named else {None: factory}
+        self._idle: dict[str | None, list[EnvironmentWorker]] = {name: [] for name in self.factories}
         self._closing: list[EnvironmentWorker] = []
 
     @property
     def names(self) -> list[str | None]:
         """The environments' names; `[None]` if there is a single, unnamed factory."""
-        return list(self._factories)
+        return list(self.factories)
 
     def take(self, name: str | None, fresh: bool = False) -> EnvironmentWorker:
         """An environment that nobody uses; a `fresh` one was never used. Raises `KeyError` if there is none of that name."""
         idle = self._idle[name]
-        return idle.pop() if idle and not fresh else EnvironmentWorker(self._factories[name])
+        return idle.pop() if idle and not fresh else EnvironmentWorker(self.factories[name])
 
     def wait_for(self, answer: Future) -> Any:
         """What a worker answers. Raises `EnvironmentTimeout` if it takes too long, and what the environment raised."""

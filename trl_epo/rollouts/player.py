@@ -91,6 +91,8 @@ class EpisodePlayer:
     Attributes:
         environments ([`EnvironmentPool`]): The environments.
         action_parser (`Callable[[str], str | None]`): Finds the action in the model's text.
+        rules ([`ContextRules`]): What the model sees.
+        limits ([`Limits`]): What bounds episodes.
         failures ([`FailureLog`]): Failures of episodes, over all processes.
         summaries (`dict[str, list[EpisodeSummary]]`): By mode: episodes that have not been logged, of all processes.
     """
@@ -114,7 +116,7 @@ class EpisodePlayer:
         windows = args.context == "window"
         asks_for_tags = windows and prompt_builder is None
         self.action_parser = action_parser or (parse_tagged_action if asks_for_tags else parse_action)
-        self._rules = ContextRules(
+        self.rules = ContextRules(
             chat,
             max_length=max_length,
             context_length=context_length,
@@ -124,7 +126,7 @@ class EpisodePlayer:
             context_turns=args.context_turns,
             prompt_builder=prompt_builder or (build_prompt if windows else describe_turn),
         )
-        self._limits = Limits(
+        self.limits = Limits(
             max_turns=args.max_turns,
             max_turn_length=args.max_turn_length,
             max_concurrent_episodes=args.max_concurrent_episodes or math.inf,
@@ -139,7 +141,7 @@ class EpisodePlayer:
 
     def check_prompts(self, first_row: FirstRow) -> None:
         """Try the prompt builder, if there is one, on the dataset's first row. Raises a `ValueError` if it does not do."""
-        self._rules.check_builder(*first_row)
+        self.rules.check_builder(*first_row)
 
     def begin_training(self) -> None:
         """Forget what an earlier training has left."""
@@ -195,7 +197,7 @@ class EpisodePlayer:
         groups = [place // num_generations for place in places]
         resamples = MAX_RESAMPLES * (mode == "train" and self._args.filter_zero_variance_groups == "resample")
         starts = [
-            [self._start(row, mode, rl_step, group, attempt) for row, group in zip(rows, groups, strict=False)]
+            [self.start(row, mode, rl_step, group, attempt) for row, group in zip(rows, groups, strict=False)]
             for attempt in range(1 + resamples)
         ]
         episodes, num_resampled = self._play(starts[0], sampler), 0
@@ -217,9 +219,9 @@ class EpisodePlayer:
         episodes = play_episodes(
             starts=starts,
             pool=self.environments,
-            rules=self._rules,
+            rules=self.rules,
             sampler=sampler,
-            limits=self._limits,
+            limits=self.limits,
             action_parser=self.action_parser,
         )
         self.failures.note(episodes)
@@ -249,7 +251,7 @@ class EpisodePlayer:
         last = min(first + num_rows, self._panel_size)
         return list(range(first, last))
 
-    def _start(self, row: dict[str, Any], mode: str, rl_step: int, group: int, attempt: int) -> EpisodeStart:
+    def start(self, row: dict[str, Any], mode: str, rl_step: int, group: int, attempt: int) -> EpisodeStart:
         """Where the episode of a dataset row begins; the copies of a row, on whatever process, share one seed."""
         seed = row.get("seed")
         if seed is None:
@@ -260,7 +262,7 @@ class EpisodePlayer:
         return EpisodeStart(row.get("prompt") or [], seed, environment_options(row), name)
 
     def _batch(self, episodes: list[Episode], num_resampled: int) -> PlayedBatch:
-        pad_token_id = self._rules.chat.tokenizer.pad_token_id  # stands for the tokens of a failed episode
+        pad_token_id = self.rules.chat.tokenizer.pad_token_id  # stands for the tokens of a failed episode
         rows = [episode_row(episode, pad_token_id) for episode in episodes]
         if self._args.mask_truncated_completions:
             rows = [row.masked() if episode.cut_off else row for row, episode in zip(rows, episodes, strict=True)]

@@ -1,0 +1,68 @@
+"""`trl-epo play`."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from datasets import Dataset
+
+from ..play import play_row, play_yourself
+from ..reports import PLAY_SETTINGS_FILE
+from .settings import ScriptArguments, parse
+from .train import make_trainer
+from .usage import UsageError
+
+
+@dataclass
+class PlayArguments:
+    """
+    Which episode to play.
+
+    Parameters:
+        split (`str`, *optional*):
+            The split of the row. `None`: the first of `eval_splits`.
+        row (`int`, *optional*, defaults to `0`):
+            Which row of the split.
+        human (`bool`, *optional*, defaults to `False`):
+            You type the actions; no model is needed.
+    """
+
+    split: str | None = field(
+        default=None, metadata={"help": "The split of the row. None: the first of `eval_splits`."}
+    )
+    row: int = field(default=0, metadata={"help": "Which row of the split."})
+    human: bool = field(default=False, metadata={"help": "You type the actions; no model is needed."})
+
+
+def play(arguments: Sequence[str]) -> None:
+    """Play one episode: `trl-epo play [RUN] [--FLAG VALUE ...]`."""
+    arguments = list(arguments)
+    if arguments and not arguments[0].startswith("-"):
+        run = arguments.pop(0)
+        if "--config" not in arguments:
+            # A checkpoint's settings are those of its run
+            files = [folder / PLAY_SETTINGS_FILE for folder in (Path(run), Path(run).parent)]
+            arguments += [part for file in files if file.exists() for part in ("--config", str(file))][:2]
+        arguments += ["--model_name_or_path", run]
+    script, args, model_args, which = parse("play", arguments, PlayArguments)
+    row = _row(script, which)
+    if which.human:
+        play_yourself(script.environment_factory(), row, args.seed)
+        return
+    args.beta, args.sync_ref_model, args.advantage_estimator = 0.0, False, "grpo"  # no reference model and no critic
+    args.eval_strategy = "no"
+    trainer = make_trainer(script, args, model_args, train_dataset=Dataset.from_list([row or {"prompt": []}]))
+    # A temperature that was asked for is meant, whatever evaluations have
+    play_row(trainer, row, temperature=args.temperature if "--temperature" in arguments else None)
+
+
+def _row(script: ScriptArguments, which: PlayArguments) -> dict[str, Any]:
+    if script.tasks is None:
+        return {}
+    if which.row < 0:
+        raise UsageError(f"`row` is {which.row}, but must be at least 0.")
+    rows = script.rows(which.split or script.eval_splits[0], which.row + 1)
+    if which.row >= len(rows):
+        raise UsageError(f"`row` is {which.row}, but the split has {len(rows)} rows: give a smaller number.")
+    return rows[which.row]
