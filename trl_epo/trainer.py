@@ -72,7 +72,8 @@ class EPOTrainer(SeamedGRPOTrainer):
             its own, besides `reward_funcs`, which are then optional and get the keyword argument `episodes`
             (`list` of [`~trl_epo.Episode`]); `EPOConfig.reward_weights` weights them. Every column of the dataset but `prompt`, `seed` and
             `environment` goes to the environment as `reset(options=…)`; `seed` is the reset seed, if there is
-            such a column; `prompt`, if any, comes before the first observation.
+            such a column; `prompt`, if any, comes before the first observation, else the environment's
+            `instructions`.
         environment_factory (`Callable` or `dict[str, Callable]`, *optional*):
             Makes an environment. A `gymnasium.Env` whose observations and actions are text plays text episodes; any
             other is TRL's tool environment. With a dictionary each dataset row names its own in `environment`.

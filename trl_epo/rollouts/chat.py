@@ -6,6 +6,7 @@ import secrets
 from collections.abc import Sequence
 from typing import Any
 
+from jinja2 import TemplateError
 from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerBase
 
@@ -111,6 +112,17 @@ class ChatEncoder:
         for part in rendered:
             pieces.append((messages[part]["content"], False) if isinstance(part, int) else (part, True))
         return self._encode(pieces)
+
+    def instruct(self, instructions: str) -> list[dict[str, str]]:
+        """
+        The messages that tell the model its instructions: a system message or, where the template rejects or drops that
+        role, a user message, which goes on with the first observation.
+        """
+        try:
+            self._render([("system", 0), ("user", 1)])
+        except (ValueError, TemplateError):
+            return [{"role": "user", "content": instructions}]
+        return [{"role": "system", "content": instructions}]
 
     def encode_observation(self, observation: str, last_action_token: int) -> list[int]:
         """

@@ -73,7 +73,8 @@ class EpisodeStart:
     Where an episode begins.
 
     Args:
-        prompt (`list[dict]`): Messages before the first observation; may be empty.
+        prompt (`list[dict]`): Messages before the first observation: the row's, or the environment's instructions; may be
+            empty.
         seed (`int`): For `reset(seed=…)`.
         options (`dict`): For `reset(options=…)`: the dataset row.
         environment (`str` or `None`): Which environment factory it uses.
