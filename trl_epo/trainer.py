@@ -1,5 +1,6 @@
 """`EPOTrainer`: GRPO with EPO's entropy term (arXiv 2509.22576) and multi-turn rollouts in text environments."""
 
+import logging
 import os
 import weakref
 from collections.abc import Callable
@@ -15,7 +16,7 @@ from .batches import action_mask
 from .config import EPOConfig
 from .credit import CreditAssigner, Critic, TrainCritic, make_critic
 from .entropy import EntropyHistory, EntropyTerm, Moment, turn_ids_from_mask
-from .reports import PAPER, complete_model_card, enough_played, episode_metrics, evaluation_metrics
+from .reports import PAPER, Diagnosis, complete_model_card, enough_played, episode_metrics, evaluation_metrics
 from .rollouts import (
     ActionParser,
     ChatEncoder,
@@ -33,10 +34,13 @@ from .rollouts import (
     make_environment_pool,
     placeholder_dataset,
     set_defaults,
+    set_turn_length,
 )
 from .runs import own_randomness
 from .seams import SeamedGRPOTrainer, replaced
 
+
+logger = logging.getLogger(__name__)
 
 HISTORY_FILE = "entropy_history.json"
 # The model in there is not directly below the checkpoint, where transformers takes every folder with an adapter for one
@@ -176,12 +180,9 @@ class EPOTrainer(SeamedGRPOTrainer):
         prompt_builder: PromptBuilder | None,
     ) -> None:
         args = self.args
-        if self.learns_prompts:
-            raise ValueError(
-                "Text episodes cannot be played with a prompt-learning adapter (prompt tuning, prefix tuning): it puts "
-                "virtual tokens before every turn. Use LoRA or another adapter of the weights."
-            )
         self.use_played_episodes()
+        chat = ChatEncoder(self._tokenizer, self.eos_token_ids, self.chat_template, self.chat_template_kwargs)
+        set_turn_length(args, chat.thinks)
         context_length = self.context_length
         if args.max_completion_length is None:
             self.max_completion_length = context_length or args.max_turns * 2 * args.max_turn_length
@@ -189,7 +190,7 @@ class EPOTrainer(SeamedGRPOTrainer):
             args,
             self.accelerator,
             environments,
-            ChatEncoder(self._tokenizer, self.eos_token_ids, self.chat_template, self.chat_template_kwargs),
+            chat,
             max_length=self.max_completion_length,
             context_length=context_length,
             num_generations_eval=self.num_generations_eval,
@@ -197,6 +198,7 @@ class EPOTrainer(SeamedGRPOTrainer):
             prompt_builder=prompt_builder,
         )
         self._player.check_prompts(first_row)
+        self._diagnosis = Diagnosis(args, len(self._tokenizer), self._tokenizer.decode)
         if args.advantage_estimator == "gae":
             policy = self.accelerator.unwrap_model(self.model)
             self._critic = Critic(make_critic(policy, args.critic_model, len(self._tokenizer)), args, self.accelerator)
@@ -208,6 +210,7 @@ class EPOTrainer(SeamedGRPOTrainer):
         self.entropy_term.history = EntropyHistory()  # a resumed run loads its own
         if self._player is not None:
             self._player.begin_training()
+            self._diagnosis.load_state_dict({})
         return super().train(*args, **kwargs)
 
     @property
@@ -251,6 +254,7 @@ class EPOTrainer(SeamedGRPOTrainer):
                 batch["context_ids"] = self.loss_context_ids
             if self.mode == "train":
                 self._assign_credit(batch)
+                self._tell_what_is_wrong()
         num_episodes = action_mask(batch).bool().any(dim=1).sum()
         batch["num_episodes_in_batch"] = self.accelerator.gather(num_episodes).sum()
         return batch
@@ -262,6 +266,11 @@ class EPOTrainer(SeamedGRPOTrainer):
             metrics["groups/resampled"] = self._batch.num_resampled
         metrics |= self._credit.assign(batch, self._batch.episodes, self.episode_rewards)
         self.add_metrics(metrics)
+
+    def _tell_what_is_wrong(self) -> None:
+        messages = self._diagnosis.observe(self._batch, self.episode_rewards.tolist(), self.entropy_history.means)
+        for message in messages if self.accelerator.is_main_process else ():
+            logger.warning("%s", message)
 
     # L_MT − λ·(L_H − β_k·L_smooth), and H̄_k for the history
 
@@ -334,11 +343,12 @@ class EPOTrainer(SeamedGRPOTrainer):
     # Checkpoints
 
     def pending_figures(self) -> dict[str, Any]:
-        return {} if self._player is None else self._player.state_dict()
+        return {} if self._player is None else {**self._player.state_dict(), "diagnosis": self._diagnosis.state_dict()}
 
     def restore_pending_figures(self, figures: dict[str, Any]) -> None:
         if self._player is not None:
             self._player.load_state_dict(figures)
+            self._diagnosis.load_state_dict(figures.get("diagnosis", {}))
 
     def save_extras(self, checkpoint: str) -> None:
         if self._critic is not None:  # first, since all processes save it together

@@ -1,7 +1,8 @@
 """
 What a run tells.
 
-In: summaries of episodes, the log. Out: metrics, panels with intervals, the paper's Succ. and Succ.*, model card, curves, the page to look at a run.
+In: summaries of episodes, the log. Out: metrics, panels with intervals, the paper's Succ. and Succ.*, model card, curves, the page to look at a run, and what
+is wrong with it (`diagnosis.py`).
 Imports: rollouts and what is below. Open first: `metrics.py`. Each name is imported when it is first used, so that a report that
 needs no torch loads none.
 """
@@ -11,6 +12,7 @@ from typing import TYPE_CHECKING
 
 
 if TYPE_CHECKING:
+    from .diagnosis import Diagnosis
     from .evaluation import (
         enough_played,
         evaluation_metrics,
@@ -26,6 +28,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "PAPER",
+    "Diagnosis",
     "complete_model_card",
     "enough_played",
     "episode_metrics",
@@ -40,6 +43,7 @@ __all__ = [
 
 _MODULES = {
     "PAPER": "model_card",
+    "Diagnosis": "diagnosis",
     "complete_model_card": "model_card",
     "enough_played": "evaluation",
     "episode_metrics": "metrics",

@@ -39,6 +39,7 @@ class Turn:
             turn's own.
         cut_thought (`bool`): Whether the text ends within a thought (`<think>`), which `max_turn_length` has cut or the
             model did not close.
+        cut (`bool`): Whether a limit on tokens ended it, and not the model's end-of-turn token.
     """
 
     observation_ids: tuple[int, ...]
@@ -51,6 +52,7 @@ class Turn:
     reward: float
     starts_context: bool = False
     cut_thought: bool = False
+    cut: bool = False
 
 
 @dataclass(frozen=True)
@@ -170,6 +172,7 @@ class EpisodeSummary:
     row: int = 0
     num_cut_observations: int = 0
     num_cut_thoughts: int = 0
+    num_cut_turns: int = 0
 
     @classmethod
     def of(cls, episode: Episode, row: int = 0) -> "EpisodeSummary":
@@ -184,6 +187,7 @@ class EpisodeSummary:
             row=row,
             num_cut_observations=episode.num_cut_observations,
             num_cut_thoughts=episode.num_cut_thoughts,
+            num_cut_turns=sum(turn.cut for turn in episode.turns),
         )
 
     def as_json(self) -> dict[str, Any]:

@@ -4,7 +4,7 @@ import math
 import sys
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +51,7 @@ class PlayedBatch:
         turn_ids (`list[list[int]]`): The turn of each action token; −1 at observation tokens.
         context_ids (`list[list[int]]` or `None`): The context of each token; `None` if all are in one.
         num_resampled (`int`): Groups that were played again, over all processes.
+        summaries (`list[EpisodeSummary]`): Of the episodes of all processes.
     """
 
     episodes: list[Episode]
@@ -61,6 +62,7 @@ class PlayedBatch:
     turn_ids: list[list[int]]
     context_ids: list[list[int]] | None
     num_resampled: int = 0
+    summaries: list[EpisodeSummary] = field(default_factory=list)
 
 
 class EpisodePlayer:
@@ -202,7 +204,7 @@ class EpisodePlayer:
         if mode == "train":
             self._check_failed_fraction(summaries, failures)
         self.summaries[mode] += summaries
-        return self._batch(episodes + [UNPLAYED] * (len(rows) - len(groups)), num_resampled)
+        return self._batch(episodes + [UNPLAYED] * (len(rows) - len(groups)), num_resampled, summaries)
 
     def _play(self, starts: list[EpisodeStart], sampler: TurnSampler) -> list[Episode]:
         episodes = play_episodes(
@@ -253,7 +255,7 @@ class EpisodePlayer:
             prompt = self._instructions.get(name, [])
         return EpisodeStart(prompt, seed, environment_options(row), name)
 
-    def _batch(self, episodes: list[Episode], num_resampled: int) -> PlayedBatch:
+    def _batch(self, episodes: list[Episode], num_resampled: int, summaries: list[EpisodeSummary]) -> PlayedBatch:
         pad_token_id = self._rules.chat.tokenizer.pad_token_id  # stands for the tokens of a failed episode
         rows = [episode_row(episode, pad_token_id) for episode in episodes]
         if self._args.mask_truncated_completions:
@@ -270,6 +272,7 @@ class EpisodePlayer:
             turn_ids=[row.turn_ids for row in rows],
             context_ids=[row.context_ids for row in rows] if windowed else None,
             num_resampled=num_resampled,
+            summaries=summaries,
         )
 
     # Figures of a run between two log entries, as JSON can carry them

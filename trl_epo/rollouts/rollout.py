@@ -263,6 +263,7 @@ class _Playing:
                 reward=reward,
                 starts_context=not is_first and self.next_turn.starts_context,
                 cut_thought=self.cut_thought,
+                cut=not token_ids or token_ids[-1] not in rules.chat.eos_token_ids,
             )
         )
         if terminated:
