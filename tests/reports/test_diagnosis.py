@@ -185,7 +185,10 @@ class TestOverARun:
         caplog.clear()
         run(tmp_path, tokenizer, max_steps=3, resume=str(tmp_path / "checkpoint-2"))
         assert says(caplog) == []
-        run(tmp_path / "again", tokenizer)
+        trainer = run(tmp_path / "again", tokenizer)
+        assert len(says(caplog)) == 1
+        caplog.clear()
+        trainer.train()
         assert len(says(caplog)) == 1
 
 
