@@ -61,7 +61,7 @@ def main() -> None:
     train_pretrained(
         script,
         args,
-        factory=partial(AlfWorld, turns=args.max_turns),
+        factory=partial(AlfWorld, turns=args.max_turns, instructions=None),  # the warm-up teaches the commands
         train_rows=games("train"),
         panels={split: rows.select(range(min(script.panel_size, len(rows)))) for split, rows in panels.items()},
         name="alfworld",

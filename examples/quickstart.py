@@ -141,9 +141,12 @@ def make_model(tokenizer: PreTrainedTokenizerFast, context_length: int = 2048) -
     return LlamaForCausalLM(config)
 
 
-def make_household() -> TaskReminder:
-    """The game, with the task repeated at the end of each observation."""
-    return TaskReminder(household.Household())
+def make_household(instructions: str | None = None) -> TaskReminder:
+    """
+    The game, with the task repeated at the end of each observation. A policy that has learned the commands in a warm-up
+    needs no instructions.
+    """
+    return TaskReminder(household.Household(instructions=instructions))
 
 
 def repeated(rows: Dataset, size: int) -> Dataset:
@@ -161,13 +164,15 @@ def main() -> None:
     # The environment: rows to train on, and rows that are never trained on.
     if script.environment == "household":
         knobs = {"rooms": script.rooms, "turns": args.max_turns}
-        factory = make_household
+        told = None if script.warm_up_episodes else household.INSTRUCTIONS
+        factory = partial(make_household, told)
         warm_up_rows = household.tasks("train", script.warm_up_episodes, **knobs, seed=1)
         train_rows = household.tasks("train", args.max_steps * 8, **knobs, seed=2)
         panels = {split: household.tasks(split, script.panel_size, **knobs, seed=3) for split in ("iid", "ood")}
         noise = 0.3  # imitated as well: the warm policy wanders, and EPO has to find out what leads to the goal
     else:
-        factory = partial(scienceworld.ScienceWorld, turns=args.max_turns)
+        told = None if script.warm_up_episodes else scienceworld.INSTRUCTIONS
+        factory = partial(scienceworld.ScienceWorld, turns=args.max_turns, instructions=told)
         train_rows = scienceworld.tasks("train", [script.task])
         warm_up_rows = repeated(train_rows, script.warm_up_episodes)
         panels = {split: scienceworld.tasks(split, [script.task]).shuffle(seed=3) for split in ("iid", "ood")}

@@ -55,7 +55,7 @@ def main() -> None:
     train_pretrained(
         script,
         args,
-        factory=partial(ScienceWorld, turns=args.max_turns),
+        factory=partial(ScienceWorld, turns=args.max_turns, instructions=None),  # the warm-up teaches the commands
         train_rows=tasks("train", [script.task]),
         panels=panels,
         name=f"scienceworld/{script.task}",

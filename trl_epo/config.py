@@ -83,8 +83,9 @@ class EPOConfig(GRPOConfig):
             κ of the same: at most |A|/κ is added, so that with κ > 1 no advantage changes its sign.
         max_turns (`int`, *optional*, defaults to `30`):
             Longest text episode, in turns (one action each).
-        max_turn_length (`int`, *optional*, defaults to `512`):
-            Longest action text of one turn, in new tokens. A turn that is cut there still acts.
+        max_turn_length (`int`, *optional*):
+            Longest action text of one turn, in new tokens, thoughts included. A turn that is cut there still acts, unless it
+            is cut within a thought. `None`: 512, and 2048 where the chat template lets the model think first.
         max_completion_length (`int`, *optional*):
             Longest episode after its first prompt, in tokens, observations included; with `context="window"` the longest
             context. `None`: the rest of the model's context length for text episodes, and TRL's 512 without a text
@@ -269,9 +270,12 @@ class EPOConfig(GRPOConfig):
         metadata={"help": "κ of the entropy-shaped advantage: at most |A|/κ is added. Above 1."},
     )
     max_turns: int = field(default=30, metadata={"help": "Longest text episode, in turns."})
-    max_turn_length: int = field(
-        default=512,
-        metadata={"help": "Longest action text of one turn, in new tokens. A turn that is cut there still acts."},
+    max_turn_length: int | None = field(
+        default=None,
+        metadata={
+            "help": "Longest action text of one turn, in new tokens, thoughts included. A turn that is cut there still "
+            "acts. None: 512, and 2048 where the chat template lets the model think first."
+        },
     )
     max_completion_length: int | None = field(
         default=None,
@@ -499,6 +503,8 @@ class EPOConfig(GRPOConfig):
     def _check_episodes(self):
         for name in ("max_turns", "max_turn_length"):
             value = getattr(self, name)
+            if value is None and name == "max_turn_length":
+                continue
             if not isinstance(value, int) or value < 1:
                 raise ValueError(f"`{name}` is {value!r}, but must be a whole number of at least 1.")
         _check_choice("context", self.context, CONTEXTS)

@@ -1,5 +1,6 @@
 """`EPOTrainer`: GRPO with EPO's entropy term (arXiv 2509.22576) and multi-turn rollouts in text environments."""
 
+import logging
 import os
 import weakref
 from collections.abc import Callable
@@ -17,6 +18,7 @@ from .credit import CreditAssigner, Critic, TrainCritic, make_critic
 from .entropy import EntropyHistory, EntropyTerm, Moment, turn_ids_from_mask
 from .reports import (
     PAPER,
+    Diagnosis,
     EpisodeKeeper,
     complete_model_card,
     enough_played,
@@ -44,10 +46,13 @@ from .rollouts import (
     make_environment_pool,
     placeholder_dataset,
     set_defaults,
+    set_turn_length,
 )
 from .runs import own_randomness
 from .seams import SeamedGRPOTrainer, replaced
 
+
+logger = logging.getLogger(__name__)
 
 HISTORY_FILE = "entropy_history.json"
 # The model in there is not directly below the checkpoint, where transformers takes every folder with an adapter for one
@@ -83,7 +88,8 @@ class EPOTrainer(SeamedGRPOTrainer):
             its own, besides `reward_funcs`, which are then optional and get the keyword argument `episodes`
             (`list` of [`~trl_epo.Episode`]); `EPOConfig.reward_weights` weights them. Every column of the dataset but `prompt`, `seed` and
             `environment` goes to the environment as `reset(options=…)`; `seed` is the reset seed, if there is
-            such a column; `prompt`, if any, comes before the first observation.
+            such a column; `prompt`, if any, comes before the first observation, else the environment's
+            `instructions`.
         environment_factory (`Callable` or `dict[str, Callable]`, *optional*):
             Makes an environment. A `gymnasium.Env` whose observations and actions are text plays text episodes; any
             other is TRL's tool environment. With a dictionary each dataset row names its own in `environment`.
@@ -187,13 +193,10 @@ class EPOTrainer(SeamedGRPOTrainer):
         prompt_builder: PromptBuilder | None,
     ) -> None:
         args = self.args
-        if self.learns_prompts:
-            raise ValueError(
-                "Text episodes cannot be played with a prompt-learning adapter (prompt tuning, prefix tuning): it puts "
-                "virtual tokens before every turn. Use LoRA or another adapter of the weights."
-            )
         self.use_played_episodes()
         show_progress(self)
+        chat = ChatEncoder(self._tokenizer, self.eos_token_ids, self.chat_template, self.chat_template_kwargs)
+        set_turn_length(args, chat.thinks)
         context_length = self.context_length
         if args.max_completion_length is None:
             self.max_completion_length = context_length or args.max_turns * 2 * args.max_turn_length
@@ -201,7 +204,7 @@ class EPOTrainer(SeamedGRPOTrainer):
             args,
             self.accelerator,
             environments,
-            ChatEncoder(self._tokenizer, self.eos_token_ids, self.chat_template, self.chat_template_kwargs),
+            chat,
             max_length=self.max_completion_length,
             context_length=context_length,
             num_generations_eval=self.num_generations_eval,
@@ -217,6 +220,7 @@ class EPOTrainer(SeamedGRPOTrainer):
             number=args.keep_episodes,
             max_bytes=args.keep_episodes_megabytes * 10**6,
         )
+        self._diagnosis = Diagnosis(args, len(self._tokenizer), self._tokenizer.decode)
         if args.advantage_estimator == "gae":
             policy = self.accelerator.unwrap_model(self.model)
             self._critic = Critic(make_critic(policy, args.critic_model, len(self._tokenizer)), args, self.accelerator)
@@ -229,6 +233,7 @@ class EPOTrainer(SeamedGRPOTrainer):
         if self._player is not None:
             self._player.begin_training()
             self._keeper.begin_training()
+            self._diagnosis.load_state_dict({})
         result = super().train(*args, **kwargs)
         if self._keeper is not None:
             self._keeper.end_batch()  # of which some losses were not computed any more
@@ -283,6 +288,7 @@ class EPOTrainer(SeamedGRPOTrainer):
                 batch["context_ids"] = self.loss_context_ids
             if self.mode == "train":
                 self._assign_credit(batch)
+                self._tell_what_is_wrong()
                 batch["places"] = torch.tensor(self._batch.places, device=self.accelerator.device)
                 self._keeper.begin_batch(
                     self._batch,
@@ -303,6 +309,11 @@ class EPOTrainer(SeamedGRPOTrainer):
             metrics["groups/resampled"] = self._batch.num_resampled
         metrics |= self._credit.assign(batch, self._batch.episodes, self.episode_rewards)
         self.add_metrics(metrics)
+
+    def _tell_what_is_wrong(self) -> None:
+        messages = self._diagnosis.observe(self._batch, self.episode_rewards.tolist(), self.entropy_history.means)
+        for message in messages if self.accelerator.is_main_process else ():
+            logger.warning("%s", message)
 
     # L_MT − λ·(L_H − β_k·L_smooth), and H̄_k for the history
 
@@ -407,11 +418,13 @@ class EPOTrainer(SeamedGRPOTrainer):
     def pending_figures(self) -> dict[str, Any]:
         if self._player is None:
             return {}
-        return {**self._player.state_dict(), "kept_episodes": self._keeper.state_dict()}
+        parts = {"kept_episodes": self._keeper.state_dict(), "diagnosis": self._diagnosis.state_dict()}
+        return {**self._player.state_dict(), **parts}
 
     def restore_pending_figures(self, figures: dict[str, Any]) -> None:
         if self._player is not None:
             self._player.load_state_dict(figures)
+            self._diagnosis.load_state_dict(figures.get("diagnosis", {}))
             if kept := figures.get("kept_episodes"):
                 self._keeper.load_state_dict(kept, self.state.global_step, self.entropy_history.step)
 

@@ -87,3 +87,35 @@ def test_factories_and_other_things():
         check_env(Corridor)
     with pytest.raises(ValueError, match="must be a `gymnasium.Env`"):
         check_env({})
+
+
+class Told(Corridor):
+    instructions = "Walk to the door. Answer with left or right."
+
+
+def test_what_is_missing_is_noted_and_no_error(caplog):
+    check_env(Told())
+    check_env(Household())
+    assert caplog.text == ""
+    check_env(Household(instructions=None))
+    assert "Household: it has no `instructions`" in caplog.text
+    caplog.clear()
+
+    class Agreeable(Told):
+        def step(self, action):
+            *answer, info = super().step(action)
+            return *answer, {"success": info["success"]}
+
+    check_env(Agreeable())
+    assert (
+        "Agreeable: no nonsense is answered with `info[\"invalid_action\"] = True` (tried: '', 'xyzzy'" in caplog.text
+    )
+    assert "instructions" not in caplog.text
+
+
+def test_instructions_that_are_no_text():
+    class Wrong(Corridor):
+        instructions = 3
+
+    with pytest.raises(ValueError, match=r"`instructions` is 3 \(int\), but must be a `str`"):
+        check_env(Wrong())

@@ -37,6 +37,7 @@ def test_hand_worked():
         "episode/turns": 25 / 4,
         "episode/invalid_actions": 5 / 25,
         "episode/cut_thoughts": 2 / 25,
+        "episode/cut_turns": 0.0,
         "episode/late_answers": 2 / 4,
         "episode/cut_observations": 3 / 4,
         "episode/stop/terminated": 0.4,

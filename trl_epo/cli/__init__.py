@@ -7,8 +7,9 @@ The command line:
     trl-epo play     runs/a
     trl-epo view     runs/a
 
-`warm-up`, `train`, `evaluate` and `play`: every field of `EPOConfig`, TRL's `ModelConfig` and `ScriptArguments` is a key of the config file and a
-flag; flags win. With several processes: `accelerate launch -m trl_epo train …`. `view` writes a page to look at a run.
+`warm-up`, `train`, `evaluate` and `play`: every field of `EPOConfig`, TRL's `ModelConfig` and `ScriptArguments` is a key of the
+config file and a flag; flags win. With several processes: `accelerate launch -m trl_epo train …`. `train --dry-run` plays one
+batch, trains on it, shows what is in it and writes nothing. `view` writes a page to look at a run.
 """
 
 import difflib
@@ -65,4 +66,11 @@ def _run(command: str, arguments: list[str]) -> None:
     from .settings import parse
     from .train import train
 
-    return {"train": train, "evaluate": evaluate}[command](*parse(command, arguments))
+    script, args, model_args = parse(command, arguments)
+    if script.dry_run:
+        if command != "train":
+            raise UsageError("`dry_run` is for `trl-epo train`: leave it out.")
+        from .dry_run import dry_run
+
+        return dry_run(script, args, model_args)
+    return {"train": train, "evaluate": evaluate}[command](script, args, model_args)

@@ -58,6 +58,8 @@ class ScriptArguments:
             Rows of the training split and of each evaluation set. `None`: all of them.
         resume (`bool`, *optional*, defaults to `False`):
             Train on from the newest whole checkpoint in `output_dir`, if there is one. (`resume_from_checkpoint` names one.)
+        dry_run (`bool`, *optional*, defaults to `False`):
+            Only play one batch and train on it, print an episode, figures and what the run would take, and write nothing.
         results (`str`, *optional*):
             The JSON file that `evaluate` writes. `None`: `evaluation.json` in `output_dir`.
     """
@@ -84,6 +86,10 @@ class ScriptArguments:
     eval_size: int | None = field(default=None, metadata={"help": "Rows of each evaluation set. None: all."})
     resume: bool = field(
         default=False, metadata={"help": "Train on from the newest whole checkpoint in `output_dir`, if there is one."}
+    )
+    dry_run: bool = field(
+        default=False,
+        metadata={"help": "Only play one batch and train on it, print what is in it and what the run would take."},
     )
     results: str | None = field(
         default=None, metadata={"help": "JSON file that `evaluate` writes. None: evaluation.json in `output_dir`."}

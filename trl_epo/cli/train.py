@@ -93,9 +93,9 @@ def _tell_of_other_adapter(folder: str, has: PeftConfig, wanted: LoraConfig) -> 
         )
 
 
-def train(script: ScriptArguments, args: EPOConfig, model_args: ModelConfig) -> None:
-    """Train, and leave the model, its card and the log in `output_dir`."""
-    trainer = make_trainer(
+def make_train_trainer(script: ScriptArguments, args: EPOConfig, model_args: ModelConfig) -> EPOTrainer:
+    """The trainer with the rows to train on and, if they are evaluated in training, the panels."""
+    return make_trainer(
         script,
         args,
         model_args,
@@ -103,6 +103,11 @@ def train(script: ScriptArguments, args: EPOConfig, model_args: ModelConfig) -> 
         eval_dataset=None if args.eval_strategy == "no" else script.panels(),
         peft_config=get_peft_config(model_args),
     )
+
+
+def train(script: ScriptArguments, args: EPOConfig, model_args: ModelConfig) -> None:
+    """Train, and leave the model, its card and the log in `output_dir`."""
+    trainer = make_train_trainer(script, args, model_args)
     checkpoint = args.resume_from_checkpoint
     if checkpoint is None and script.resume:
         checkpoint = last_whole_checkpoint(args.output_dir)  # which all processes look for together

@@ -39,6 +39,13 @@ FOLDERS = {"train": "train", "iid": "valid_seen", "ood": "valid_unseen"}  # spli
 RELEASE = "json_2.1.1"  # folder of the games within the data folder
 GAME_FILE = "game.tw-pddl"
 
+INSTRUCTIONS = """\
+You act in a room by text commands, to do the task that the first message names. Each of your answers is one command and \
+nothing else, unless a message asks for another form. The commands: look, inventory, go to PLACE, open PLACE, close PLACE, \
+take THING from PLACE, move THING to PLACE, examine THING, use LAMP, clean THING with PLACE, heat THING with PLACE, cool \
+THING with PLACE. Names have numbers. "Nothing happens." means that a command is not possible now.
+An example of an answer: take mug 1 from countertop 1"""
+
 _NOT_UNDERSTOOD = "Nothing happens."
 _DOWNLOAD = "run `alfworld-download`, or set $ALFWORLD_DATA (or pass `data`) to the folder it filled"
 
@@ -129,11 +136,17 @@ class LocalAlfWorld(TextEnv):
     which takes the same arguments.
     """
 
-    def __init__(self, game: str | os.PathLike | None = None, turns: int | None = 50):
+    def __init__(
+        self,
+        game: str | os.PathLike | None = None,
+        turns: int | None = 50,
+        instructions: str | None = INSTRUCTIONS,
+    ):
         if turns is not None and turns < 1:
             raise ValueError(f"turns={turns!r}: expected at least 1, or None for no limit")
         self.game = game
         self.turns = turns
+        self.instructions = instructions
         self._world: Any = None
         self._loaded: Path | None = None  # the game the world is of
         self._running = False
@@ -230,13 +243,22 @@ class AlfWorld(ProcessEnv):
         game: path of a `game.tw-pddl`, for resets whose `options`, a row of `tasks`, do not name one.
         turns: turns after which an episode is truncated; `None` for no limit. ALFWorld's evaluations, and the paper's,
             give 50.
+        instructions: what the model is told to do; `None` for nothing.
 
     Raises:
         EnvironmentDied: From `reset` and `step`, if the process died. The episode is lost, the next reset starts another.
     """
 
-    def __init__(self, game: str | os.PathLike | None = None, turns: int | None = 50):
+    instructions: str | None = None  # without a process
+
+    def __init__(
+        self,
+        game: str | os.PathLike | None = None,
+        turns: int | None = 50,
+        instructions: str | None = INSTRUCTIONS,
+    ):
         LocalAlfWorld(game, turns)  # complains here, not in the process
+        self.instructions = instructions
         super().__init__(partial(_start_process, game, turns))
         self._game: str | None = None  # of the last reset
 

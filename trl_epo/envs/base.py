@@ -50,6 +50,10 @@ class TextEnv(gymnasium.Env[str, str]):
     tell that a call has not begun, as another environment is at work, or is about to raise that error; it then gets as much
     time again.
 
+    The attribute `instructions` (`str`) tells the model what this is, the commands with an example, and the form of an
+    answer. It comes before the first observation, as a system message where the chat template has one, unless the dataset
+    has a `prompt` column. Without it the model knows nothing but the observations.
+
     An environment that knows a solution may have one of two methods, which `trl_epo.imitation` asks: `expert_action()`, the
     next action from whatever state it is in, or `expert_actions()`, all of them from the first observation on.
 
@@ -59,6 +63,20 @@ class TextEnv(gymnasium.Env[str, str]):
 
     observation_space = Text(max_length=MAX_OBSERVATION_LENGTH, min_length=0, charset=string.printable)
     action_space = Text(max_length=MAX_ACTION_LENGTH, min_length=0, charset=string.printable)
+    instructions: str | None = None
+
+
+def instructions_of(env: gymnasium.Env) -> str | None:
+    """
+    What an environment, or the one that it wraps, tells the model to do; `None` if it says nothing.
+
+    Raises:
+        InvalidAnswer: If that is not a text.
+    """
+    text = env.get_wrapper_attr("instructions") if env.has_wrapper_attr("instructions") else None
+    if text is not None and not isinstance(text, str):
+        raise InvalidAnswer(f"`instructions` is {_describe(text)}, but must be a `str`, or `None` for none.")
+    return text or None
 
 
 def check_reset(result: Any) -> tuple[str, dict[str, Any]]:

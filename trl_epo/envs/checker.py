@@ -1,13 +1,16 @@
 """`check_env`: says in plain words what is wrong with a text environment."""
 
+import logging
 from collections.abc import Callable
 from typing import Any
 
 import gymnasium
 
 from ..text import printable
-from .base import InvalidAnswer, check_reset, check_step
+from .base import InvalidAnswer, check_reset, check_step, instructions_of
 
+
+logger = logging.getLogger(__name__)
 
 SEED = 0
 HOSTILE_ACTIONS = ("", "xyzzy", "\n", "<|im_end|>", "ÄÖÜ 🦉", "word " * 200)
@@ -17,7 +20,8 @@ def check_env(env: gymnasium.Env, options: dict[str, Any] | None = None) -> None
     """
     Check that an environment keeps to the contract of text environments (see [`~trl_epo.envs.TextEnv`]).
 
-    Plays a few steps, so use an instance of its own. Whether the environment is a good one it cannot tell.
+    Plays a few steps, so use an instance of its own. Whether the environment is a good one it cannot tell. What makes
+    training harder but breaks nothing is logged: no `instructions`, and no `invalid_action` however senseless the action.
 
     Args:
         env (`gymnasium.Env`): The environment.
@@ -35,7 +39,10 @@ def check_env(env: gymnasium.Env, options: dict[str, Any] | None = None) -> None
         raise ValueError(
             f"`env` is a {type(env).__name__}, but must be a `gymnasium.Env`. Derive it from `trl_epo.envs.TextEnv`."
         )
-    problems = [*_check_spaces(env), *_check_episode(env, options or {})]
+    notes: list[str] = []
+    problems = [*_check_spaces(env), *_check_episode(env, options or {}, notes), *_check_instructions(env, notes)]
+    for note in notes:
+        logger.warning("%s: %s", type(env).__name__, note)
     if problems:
         lines = "".join(f"\n- {problem}" for problem in problems)
         raise ValueError(f"{type(env).__name__} is not a text environment yet:{lines}")
@@ -50,8 +57,21 @@ def _check_spaces(env: gymnasium.Env) -> list[str]:
     return problems
 
 
-def _check_episode(env: gymnasium.Env, options: dict[str, Any]) -> list[str]:
+def _check_instructions(env: gymnasium.Env, notes: list[str]) -> list[str]:
+    try:
+        if instructions_of(env) is None:
+            notes.append(
+                "it has no `instructions`, so the model is not told the commands or the form of an answer. Set the attribute "
+                "to a short text, or give the dataset a `prompt` column."
+            )
+    except Exception as error:
+        return [printable(str(error))]
+    return []
+
+
+def _check_episode(env: gymnasium.Env, options: dict[str, Any], notes: list[str]) -> list[str]:
     problems: list[str] = []
+    refused = False
 
     def attempt(what: str, call: Callable[[], Any], check: Callable[[Any], Any]) -> Any:
         try:
@@ -79,16 +99,22 @@ def _check_episode(env: gymnasium.Env, options: dict[str, Any]) -> list[str]:
     if not observation.strip():
         problems.append("The first observation is empty, but it must tell the agent its task.")
     for action in HOSTILE_ACTIONS:
-        shown = action if len(action) <= 20 else action[:20] + "…"
-        answer = attempt(f"`step({shown!r})`", lambda action=action: env.step(action), check_step)
+        shown = _name(action)
+        answer = attempt(f"`step({shown})`", lambda action=action: env.step(action), check_step)
         if answer is None:
             break
         observation, _, terminated, truncated, info = answer
         problems += _check_info(info)
+        refused |= bool(info.get("invalid_action", False))
         if not observation.strip():
-            problems.append(f"`step({shown!r})` answers with an empty text, but every reply must be a sentence.")
+            problems.append(f"`step({shown})` answers with an empty text, but every reply must be a sentence.")
         if terminated or truncated:
             reset()
+    if not refused and not problems:
+        notes.append(
+            f'no nonsense is answered with `info["invalid_action"] = True` (tried: {", ".join(map(_name, HOSTILE_ACTIONS))}), '
+            "so a run cannot tell a policy that does not know the commands from one that plays badly."
+        )
     if not problems:
         again = reset()
         if again is not None and again[0] != first[0]:
@@ -97,6 +123,10 @@ def _check_episode(env: gymnasium.Env, options: dict[str, Any]) -> list[str]:
                 "start from the same state: draw everything from `self.np_random` after `super().reset(seed=seed)`."
             )
     return list(dict.fromkeys(problems))
+
+
+def _name(action: str) -> str:
+    return repr(action if len(action) <= 20 else action[:20] + "…")
 
 
 def _check_info(info: dict[str, Any]) -> list[str]:

@@ -39,6 +39,21 @@ if TYPE_CHECKING:
     from datasets import Dataset
 
 
+INSTRUCTIONS = """\
+You act in a house by text commands, to do the task that the first message names. Each of your answers is one command and \
+nothing else, unless a message asks for another form. The commands:
+look
+inventory
+go to ROOM (one of the exits)
+open RECEPTACLE
+unlock RECEPTACLE (needs its key in hand)
+take THING (you can carry two)
+put THING in RECEPTACLE
+clean THING (at the sink)
+heat THING (at the stove)
+An example of an answer: go to kitchen"""
+
+
 # ---------------------------------------------------------------------------------------------------------- vocabulary
 
 # A house of n rooms takes its words from the beginning of each list, so that a small house needs few of them.
@@ -480,6 +495,8 @@ class Household(TextEnv):
         turns (`int`, *optional*, defaults to `20`): Steps until the episode is truncated, 5 to 50 and at least 5 a
             chore. Only worlds that the expert solves within them are handed out.
         split (`str`, *optional*, defaults to `"train"`): `"train"`, `"iid"` or `"ood"`.
+        instructions (`str`, *optional*): What the model is told to do; `None` for nothing, as for a policy that has
+            learned the commands already.
 
     The reward is 1.0 for the step that completes the goal, which ends the episode, else 0.0. `info` always has
     `"success"`, `"invalid_action"` (not understood, or not possible now), `"admissible_actions"` (sorted; all commands
@@ -496,7 +513,15 @@ class Household(TextEnv):
         (1.0, True)
     """
 
-    def __init__(self, rooms: int = 4, chores: int = 1, turns: int = 20, split: str = "train"):
+    def __init__(
+        self,
+        rooms: int = 4,
+        chores: int = 1,
+        turns: int = 20,
+        split: str = "train",
+        instructions: str | None = INSTRUCTIONS,
+    ):
+        self.instructions = instructions
         self._knobs = {"rooms": rooms, "chores": chores, "turns": turns, "split": split}
         _check_knobs(self._knobs)
         self._world: _World | None = None

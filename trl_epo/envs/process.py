@@ -17,7 +17,7 @@ import gymnasium
 from loky import ProcessPoolExecutor
 from loky.process_executor import ShutdownExecutorError
 
-from .base import EnvironmentDied, TextEnv
+from .base import EnvironmentDied, TextEnv, instructions_of
 
 
 _env: gymnasium.Env | None = None  # in the environment's own process
@@ -41,7 +41,8 @@ class ProcessEnv(TextEnv):
     trainer = EPOTrainer(..., environment_factory=lambda: ProcessEnv(MySimulator))
     ```
 
-    The process starts with the first reset, without what this one has imported. It ends with `close`, with `interrupt`,
+    The process starts with the first reset, or when `instructions` are read, which are those of the environment in it,
+    without what this one has imported. It ends with `close`, with `interrupt`,
     and when this process ends, however that happens.
 
     Args:
@@ -51,7 +52,7 @@ class ProcessEnv(TextEnv):
             gets a `MemoryError` there, which costs its episode, instead of taking the whole machine's memory.
 
     Raises:
-        EnvironmentDied: From `reset` and `step`, if the process died.
+        EnvironmentDied: From `reset`, `step` and `instructions`, if the process died.
     """
 
     def __init__(self, factory: Callable[[], gymnasium.Env], memory_limit: int | None = None):
@@ -63,16 +64,18 @@ class ProcessEnv(TextEnv):
         self._interrupted = False
 
     def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[str, dict[str, Any]]:
-        if self._process is None:
-            self._process = _starter.submit(self._start).result()
-            if self._interrupted:  # before there was anything to kill
-                self.interrupt()
+        self._have_process()
         return self._ask(_reset, self._factory, seed, options)
 
     def step(self, action: str) -> tuple[str, float, bool, bool, dict[str, Any]]:
         if self._process is None:
             raise RuntimeError("no episode is running: call env.reset() first.")
         return self._ask(_step, action)
+
+    @property
+    def instructions(self) -> str | None:
+        self._have_process()
+        return self._ask(_instructions, self._factory)
 
     def close(self) -> None:
         if self._process is not None:
@@ -88,6 +91,12 @@ class ProcessEnv(TextEnv):
         self._interrupted = True
         if (process := self._process) is not None:
             process.shutdown(wait=False, kill_workers=True)
+
+    def _have_process(self) -> None:
+        if self._process is None:
+            self._process = _starter.submit(self._start).result()
+            if self._interrupted:  # before there was anything to kill
+                self.interrupt()
 
     def _start(self) -> ProcessPoolExecutor:
         process = ProcessPoolExecutor(
@@ -135,12 +144,21 @@ def _end_with(parent: int) -> None:
     os._exit(1)
 
 
-def _reset(factory: Callable[[], gymnasium.Env], seed: int | None, options: dict[str, Any] | None) -> Any:
+def _made(factory: Callable[[], gymnasium.Env]) -> gymnasium.Env:
     global _env
+    if _env is None:
+        _env = factory()
+    return _env
+
+
+def _reset(factory: Callable[[], gymnasium.Env], seed: int | None, options: dict[str, Any] | None) -> Any:
     with _errors_that_travel():
-        if _env is None:
-            _env = factory()
-        return _that_travels(_env.reset(seed=seed, options=options))
+        return _that_travels(_made(factory).reset(seed=seed, options=options))
+
+
+def _instructions(factory: Callable[[], gymnasium.Env]) -> str | None:
+    with _errors_that_travel():
+        return instructions_of(_made(factory))
 
 
 def _step(action: str) -> Any:

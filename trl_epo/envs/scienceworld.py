@@ -39,6 +39,15 @@ SIMULATORS = min(4, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffini
 # Seconds that a Java process which does not talk any more has to end by itself and say with its exit status why.
 DYING = 20.0
 
+INSTRUCTIONS = """\
+You act in a simulated house with a laboratory by text commands, to do the task that the first message names. Each of your \
+answers is one command and nothing else, unless a message asks for another form. Some commands: look around, look at OBJ, \
+look in OBJ, inventory, task, go to LOC, teleport to LOC, open OBJ, close OBJ, pick up OBJ, put down OBJ, move OBJ to OBJ, \
+pour OBJ in OBJ, mix OBJ, use OBJ on OBJ, activate OBJ, deactivate OBJ, connect OBJ to OBJ, read OBJ, eat OBJ, wait. \
+`help` lists all of them. `focus on OBJ` says which thing the task is about: only do it where the task asks for it, since \
+a wrong one fails. When a number is asked for, answer with the number.
+An example of an answer: open cupboard"""
+
 # Number of variations of each task.
 VARIATIONS = {
     "boil": 30,
@@ -191,6 +200,7 @@ class ScienceWorld(TextEnv):
         reward: `"sparse"`, 1.0 for the step that reaches the score 100; or `"dense"`, the change of the score / 100. A
             score that is above 0 at the start counts as already had; a failed task falls to −100, which is not clipped.
         admissible_actions: whether `info` lists the valid actions (takes longer than the step itself).
+        instructions: what the model is told to do; `None` for nothing.
     """
 
     def __init__(
@@ -201,6 +211,7 @@ class ScienceWorld(TextEnv):
         turns: int | None = None,
         reward: str = "sparse",
         admissible_actions: bool = False,
+        instructions: str | None = INSTRUCTIONS,
     ):
         _check(task, variation, simplification)
         if reward not in ("sparse", "dense"):
@@ -211,6 +222,7 @@ class ScienceWorld(TextEnv):
         self.turns = turns
         self.reward = reward
         self.admissible_actions = admissible_actions
+        self.instructions = instructions
         self._world: _World | None = None
         self._row: tuple[str, int, str] | None = None  # of the current episode
         self._running = False

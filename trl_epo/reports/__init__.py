@@ -2,7 +2,7 @@
 What a run tells.
 
 In: episodes and summaries of them, the log. Out: metrics, panels with intervals, the paper's Succ. and Succ.*, where the time goes,
-what is shown while a run goes on, kept episodes, model card, curves, the page to look at a run.
+what is shown while a run goes on and what is wrong with it, kept episodes, model card, curves, the page to look at a run.
 Imports: rollouts and what is below. Open first: `metrics.py`. Each name is imported when it is first used, so that a report that
 needs no torch loads none.
 """
@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 
 if TYPE_CHECKING:
+    from .diagnosis import Diagnosis
     from .evaluation import (
         enough_played,
         evaluation_metrics,
@@ -34,6 +35,7 @@ __all__ = [
     "PLAY_SETTINGS_FILE",
     "SAMPLING",
     "SCORING",
+    "Diagnosis",
     "EpisodeKeeper",
     "StepTimes",
     "complete_model_card",
@@ -55,6 +57,7 @@ __all__ = [
 _MODULES = {
     "EpisodeKeeper": "kept_episodes",
     "PAPER": "model_card",
+    "Diagnosis": "diagnosis",
     "PLAY_SETTINGS_FILE": "model_card",
     "SAMPLING": "timing",
     "SCORING": "timing",

@@ -15,7 +15,7 @@ def episode_metrics(summaries: Sequence[EpisodeSummary]) -> dict[str, float]:
             `episode/success_rate` and, with several tasks, `episode/success_rate/<task>` (fractions of the episodes
             whose environment tells); `episode/return` (mean undiscounted return, without penalties); `episode/turns`
             (mean); `episode/invalid_actions` (fraction of actions); `episode/cut_thoughts` (fraction of actions whose
-            text ends within a thought); `episode/late_answers` (mean number of answers that generation did not wait
+            text ends within a thought); `episode/cut_turns` (fraction of actions that a limit on tokens cut); `episode/late_answers` (mean number of answers that generation did not wait
             for); `episode/cut_observations` (mean number of observations that were too long); `episode/stop/<reason>`
             (fraction of episodes).
     """
@@ -39,6 +39,7 @@ def episode_metrics(summaries: Sequence[EpisodeSummary]) -> dict[str, float]:
         num_actions = sum(summary.num_turns for summary in played)
         metrics["episode/invalid_actions"] = sum(s.num_invalid_actions for s in played) / max(num_actions, 1)
         metrics["episode/cut_thoughts"] = sum(s.num_cut_thoughts for s in played) / max(num_actions, 1)
+        metrics["episode/cut_turns"] = sum(s.num_cut_turns for s in played) / max(num_actions, 1)
         metrics["episode/late_answers"] = _mean([summary.num_late_answers for summary in played])
         metrics["episode/cut_observations"] = _mean([summary.num_cut_observations for summary in played])
     for reason in StopReason:

@@ -6,7 +6,13 @@ Imports: sampling and what is below; knows no trainer. Open first: `episode.py`,
 (batches and panels, over all processes).
 """
 
-from .argument_checks import check_other_arguments, check_text_episode_arguments, episode_reward_weights, set_defaults
+from .argument_checks import (
+    check_other_arguments,
+    check_text_episode_arguments,
+    episode_reward_weights,
+    set_defaults,
+    set_turn_length,
+)
 from .chat import ChatEncoder
 from .contexts import ContextRules, PastTurn, PromptBuilder, TurnView, build_prompt, describe_turn
 from .dataset_rows import FirstRow, check_first_row, environment_options, placeholder_dataset
@@ -51,4 +57,5 @@ __all__ = [
     "placeholder_dataset",
     "play_episodes",
     "set_defaults",
+    "set_turn_length",
 ]

@@ -12,6 +12,7 @@ from ..sampling import make_logits_processors
 COMPLETION_LENGTH = 512  # TRL's default, in tokens
 SAMPLING_MODE = GRPOConfig.vllm_importance_sampling_mode
 EPISODE_SAMPLING_MODE = "token_truncate"
+TURN_LENGTH, THINKING_TURN_LENGTH = 512, 2048  # tokens
 
 
 def set_defaults(args: EPOConfig, plays_text: bool) -> None:
@@ -55,7 +56,6 @@ def check_text_episode_arguments(
             "`loss_type='dr_grpo'` divides by `max_completion_length`, which is not set: give the longest "
             "episode in tokens, observations included."
         )
-    _warn_of_short_budget(args)
     if args.use_vllm and args.world_size > 1 and (args.vllm_mode == "server" or args.vllm_tensor_parallel_size > 1):
         raise ValueError(
             "Text episodes on several processes cannot share a vLLM engine: TRL wants equally many requests from "
@@ -75,6 +75,27 @@ def check_text_episode_arguments(
             "`ds3_gather_for_generation=False` makes every process call the model equally often, but text "
             "episodes end at different turns. Leave it `True`, or use vLLM."
         )
+
+
+def set_turn_length(args: EPOConfig, thinks: bool) -> None:
+    """
+    Give `max_turn_length` a value if it has none, and warn of one that is too short for thoughts, or too long for the
+    episode's budget. `thinks`: whether the chat template lets the model think first.
+    """
+    given = args.max_turn_length
+    if given is None:
+        args.max_turn_length = THINKING_TURN_LENGTH if thinks else TURN_LENGTH
+    if thinks and (given is None or given < TURN_LENGTH):
+        logger.warning(
+            "The chat template lets the model think before it acts, and `max_turn_length` is %d tokens%s. A turn that is cut "
+            "within a thought has no action. Set it to what the model's thoughts take, or switch them off where the "
+            'template can: `EPOConfig(chat_template_kwargs={"enable_thinking": False})`.',
+            args.max_turn_length,
+            ", which it chooses for that"
+            if given is None
+            else f", thoughts included; {THINKING_TURN_LENGTH} is usual",
+        )
+    _warn_of_short_budget(args)
 
 
 def _warn_of_short_budget(args: EPOConfig) -> None:

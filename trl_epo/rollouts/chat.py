@@ -6,6 +6,7 @@ import secrets
 from collections.abc import Sequence
 from typing import Any
 
+from jinja2 import TemplateError
 from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerBase
 
@@ -33,6 +34,8 @@ class ChatEncoder:
     Attributes:
         opens_thought (`bool`): Whether the assistant's header ends within a thought (`<think>`), which the model goes on
             with.
+        thinks (`bool`): Whether the template lets the model think before it answers: it has opened a thought, or has a
+            switch `enable_thinking` which is not off.
 
     Raises:
         ValueError: If the tokenizer has no fast backend or no chat template, or if the template drops or repeats a
@@ -79,6 +82,8 @@ class ChatEncoder:
         self._before_observation: str = "".join(after_action[:position])
         self._after_observation: str = "".join(after_action[position + 1 :])
         self.opens_thought: bool = THINK in self._after_observation.rpartition(END_OF_THOUGHT)[2]
+        quiet = self._render([("user", 0)], enable_thinking=False)
+        self.thinks: bool = self.opens_thought or self._render([("user", 0)]) != quiet
         tags = [(i, t) for i, t in tokenizer.added_tokens_decoder.items() if t.content in (THINK, END_OF_THOUGHT)]
         self._special_tags = {i for i, tag in tags if tag.special}
         # Whatever the vocabulary makes of text (its token for unknown text may be the end of a turn), it is none of these.
@@ -114,6 +119,17 @@ class ChatEncoder:
             pieces.append((messages[part]["content"], False) if isinstance(part, int) else (part, True))
         return self._encode(pieces)
 
+    def instruct(self, instructions: str) -> list[dict[str, str]]:
+        """
+        The messages that tell the model its instructions: a system message or, where the template rejects or drops that
+        role, a user message, which goes on with the first observation.
+        """
+        try:
+            self._render([("system", 0), ("user", 1)])
+        except (ValueError, TemplateError):
+            return [{"role": "user", "content": instructions}]
+        return [{"role": "system", "content": instructions}]
+
     def encode_observation(self, observation: str, last_action_token: int) -> list[int]:
         """
         Token ids that stand between an action and the next one: the end of the assistant's turn, of which what was
@@ -140,15 +156,15 @@ class ChatEncoder:
                 start = end + 1
         return text + self.tokenizer.decode(token_ids[start:], skip_special_tokens=True)
 
-    def _render(self, roles: list[tuple[str, int]]) -> list[str | int]:
-        """The template's own text, with each message's content replaced by its number."""
+    def _render(self, roles: list[tuple[str, int]], **kwargs) -> list[str | int]:
+        """The template's own text, with each message's content replaced by its number; `kwargs` go to the template."""
         markers = {index: f"EPO{index}CONTENT{index}EPO" for _, index in roles}
         text = self.tokenizer.apply_chat_template(
             [{"role": role, "content": markers[index]} for role, index in roles],
             chat_template=self.chat_template,
             add_generation_prompt=True,
             tokenize=False,
-            **self.chat_template_kwargs,
+            **{**self.chat_template_kwargs, **kwargs},
         )
         for role, index in roles:
             if text.count(markers[index]) != 1:

@@ -29,7 +29,8 @@ class TurnView:
     What a prompt builder is told about the turn that it is to ask for.
 
     Args:
-        prompt (`list[dict]`): The dataset row's messages, which come before everything else; may be empty.
+        prompt (`list[dict]`): The dataset row's messages, or else the environment's instructions as one; they come before
+            everything else; may be empty.
         task (`str`): The episode's first observation, which says what the task is.
         num_steps (`int`): Actions taken so far.
         history (`tuple[PastTurn, ...]`): The last turns, oldest first; at most `context_turns`.

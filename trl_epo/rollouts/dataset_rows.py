@@ -31,7 +31,7 @@ def placeholder_dataset(args: EPOConfig, pool: EnvironmentPool) -> Dataset:
             "train. Set `EPOConfig(max_steps=…)`."
         )
     num_rows = args.generation_batch_size // args.num_generations
-    return Dataset.from_dict({"prompt": [[{"role": "user", "content": ""}]] * num_rows})
+    return Dataset.from_dict({"seed": [None] * num_rows})
 
 
 class FirstRow(NamedTuple):

@@ -13,8 +13,8 @@ from typing import Any
 
 import gymnasium
 
-from ..envs.base import check_reset, check_step
-from ..text import MAX_FAILURE_LENGTH, set_apart, taken_in
+from ..envs.base import check_reset, check_step, instructions_of
+from ..text import MAX_FAILURE_LENGTH, printable, set_apart, taken_in
 from .failures import EnvironmentTimeout
 
 
@@ -174,6 +174,26 @@ class EnvironmentPool:
         if not wait([answer], min(self.timeout, threading.TIMEOUT_MAX)).done:
             raise self.no_answer()
         return answer.result()
+
+    def instructions(self) -> dict[str | None, str | None]:
+        """
+        What each environment tells the model to do, by name; `None` for one that says nothing.
+
+        Raises:
+            ValueError: If one does not say it as a text, or raises.
+        """
+        texts = {}
+        for name in self.names:
+            worker = self.take(name)
+            try:
+                texts[name] = self.wait_for(worker.call(instructions_of))
+            except Exception as error:
+                self.discard(worker)
+                raise ValueError(
+                    f"The `instructions` of the environment {worker.kind} could not be read: {printable(str(error))}"
+                ) from error
+            self.give_back(name, worker)
+        return texts
 
     def no_answer(self, is_starting: bool = False) -> EnvironmentTimeout:
         """The error for an answer that does not come; `is_starting`: from an environment that had to be made for it."""

@@ -41,6 +41,7 @@ class Turn:
             model did not close.
         entropies (`tuple[float, ...]` or `None`): Entropy of the distribution that each token was sampled from, at the sampling
             temperature, in nats; `None` if the backend does not tell or was not asked.
+        cut (`bool`): Whether a limit on tokens ended it, and not the model's end-of-turn token.
     """
 
     observation_ids: tuple[int, ...]
@@ -54,6 +55,7 @@ class Turn:
     starts_context: bool = False
     cut_thought: bool = False
     entropies: tuple[float, ...] | None = None
+    cut: bool = False
 
 
 @dataclass(frozen=True)
@@ -173,6 +175,7 @@ class EpisodeSummary:
     row: int = 0
     num_cut_observations: int = 0
     num_cut_thoughts: int = 0
+    num_cut_turns: int = 0
 
     @classmethod
     def of(cls, episode: Episode, row: int = 0) -> "EpisodeSummary":
@@ -187,6 +190,7 @@ class EpisodeSummary:
             row=row,
             num_cut_observations=episode.num_cut_observations,
             num_cut_thoughts=episode.num_cut_thoughts,
+            num_cut_turns=sum(turn.cut for turn in episode.turns),
         )
 
     def as_json(self) -> dict[str, Any]:

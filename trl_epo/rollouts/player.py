@@ -134,6 +134,8 @@ class EpisodePlayer:
             max_retries=args.env_max_retries,
             max_observation_length=args.max_observation_length,
         )
+        texts = environments.instructions()
+        self._instructions = {name: chat.instruct(text) if text else [] for name, text in texts.items()}
         self._num_panel_rows = 0  # that were given out so far
         self._panel_size = 0  # in episodes
         self.failures = FailureLog(Path(args.output_dir, FAILURES_FILE), accelerator.is_main_process)
@@ -259,7 +261,10 @@ class EpisodePlayer:
             train = mode == "train"
             seed = derived_seed(self._args.seed, train, rl_step if train else 0, group, attempt)
         name = row.get("environment") if self.environments.named else None
-        return EpisodeStart(row.get("prompt") or [], seed, environment_options(row), name)
+        prompt = row.get("prompt")
+        if prompt is None:
+            prompt = self._instructions.get(name, [])
+        return EpisodeStart(prompt, seed, environment_options(row), name)
 
     def _batch(self, episodes: list[Episode], num_resampled: int) -> PlayedBatch:
         pad_token_id = self.rules.chat.tokenizer.pad_token_id  # stands for the tokens of a failed episode

@@ -73,7 +73,8 @@ class EpisodeStart:
     Where an episode begins.
 
     Args:
-        prompt (`list[dict]`): Messages before the first observation; may be empty.
+        prompt (`list[dict]`): Messages before the first observation: the row's, or the environment's instructions; may be
+            empty.
         seed (`int`): For `reset(seed=…)`.
         options (`dict`): For `reset(options=…)`: the dataset row.
         environment (`str` or `None`): Which environment factory it uses.
@@ -260,6 +261,7 @@ class _Playing:
                 starts_context=not is_first and self.next_turn.starts_context,
                 cut_thought=self.cut_thought,
                 entropies=None if entropies is None else tuple(entropies),
+                cut=not token_ids or token_ids[-1] not in rules.chat.eos_token_ids,
             )
         )
         if terminated:

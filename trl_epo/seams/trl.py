@@ -234,7 +234,15 @@ class SeamedGRPOTrainer(FaultTolerantGRPOTrainer):
         self.reward_processing_classes.append(None)
 
     def use_played_episodes(self) -> None:
-        """Take completions from [`set_played_batch`] from now on, instead of generating them."""
+        """
+        Take completions from [`set_played_batch`] from now on, instead of generating them. Raises a `ValueError` for an
+        adapter that puts virtual tokens before every prompt.
+        """
+        if self.learns_prompts:
+            raise ValueError(
+                "Text episodes cannot be played with a prompt-learning adapter (prompt tuning, prefix tuning): it puts "
+                "virtual tokens before every turn. Use LoRA or another adapter of the weights."
+            )
         if not self.use_vllm:
             slow = self.use_transformers_continuous_batching or self._unfit_for_cached_sampler
             check_rollouts(self.accelerator, calls_whole_model=bool(slow))
