@@ -16,7 +16,8 @@ from pathlib import Path
 import gymnasium
 import torch
 from datasets import Dataset
-from peft import LoraConfig
+from peft import LoraConfig, PeftModel
+from peft.utils import CONFIG_NAME as ADAPTER_CONFIG
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -29,6 +30,7 @@ from trl import SFTConfig, SFTTrainer
 
 from trl_epo import EPOConfig, EPOTrainer
 from trl_epo.chat import ChatEncoder
+from trl_epo.checkpoints import last_whole_checkpoint
 from trl_epo.envs import TextEnv
 from trl_epo.plots import plot_training
 
@@ -63,6 +65,10 @@ class PretrainedArguments:
     warm_up_epochs: float = field(default=2.0, metadata={"help": "Passes over the expert's episodes."})
     warm_up_learning_rate: float = field(default=1e-3, metadata={"help": "Learning rate of the imitation."})
     lora_r: int = field(default=16, metadata={"help": "Rank of the LoRA matrices."})
+    warm_start: str | None = field(
+        default=None,
+        metadata={"help": "Folder of the warm policy: taken from there, or put there; default: in the output folder."},
+    )
 
 
 def train_pretrained(
@@ -74,7 +80,12 @@ def train_pretrained(
     panels: dict[str, Dataset],
     name: str,
 ) -> None:
-    """A pretrained model with LoRA: imitation of the expert on the rows to train on, then EPO, between two panels."""
+    """
+    A pretrained model with LoRA: imitation of the expert on the rows to train on, then EPO, between two panels.
+
+    What is there already is not done again: the warm policy (`script.warm_start`, which runs with the same seed can
+    share), the first panels, and the steps up to the last checkpoint.
+    """
     set_seed(args.seed)
     start = time.perf_counter()
     if script.model is None:
@@ -82,28 +93,33 @@ def train_pretrained(
     else:
         model = AutoModelForCausalLM.from_pretrained(script.model)
         tokenizer = AutoTokenizer.from_pretrained(script.model, padding_side="left")
-    env = factory()
-    chats = expert_chats(env, train_rows, expert)
-    env.close()
-    print(f"Warm-up on {len(chats)} expert episodes of {name}, {script.warm_up_epochs} times …", flush=True)
-    model = warm_up(
-        model,
-        tokenizer,
-        chats,
-        learn_observations=False,
-        peft_config=LoraConfig(r=script.lora_r, lora_alpha=2 * script.lora_r, target_modules=["q_proj", "v_proj"]),
-        output_dir=f"{args.output_dir}/warm_up",
-        num_train_epochs=script.warm_up_epochs,
-        per_device_train_batch_size=4,
-        learning_rate=script.warm_up_learning_rate,
-        lr_scheduler_type="cosine",
-        max_length=2048,
-        logging_steps=10,
-        use_cpu=args.use_cpu,
-        gradient_checkpointing=args.gradient_checkpointing,
-        seed=args.seed,
-        disable_tqdm=args.disable_tqdm,
-    )
+    folder = Path(script.warm_start or f"{args.output_dir}/warm_start")
+    if not (folder / ADAPTER_CONFIG).exists():
+        env = factory()
+        chats = expert_chats(env, train_rows, expert)
+        env.close()
+        print(f"Warm-up on {len(chats)} expert episodes of {name}, {script.warm_up_epochs} times …", flush=True)
+        warm = warm_up(
+            model,
+            tokenizer,
+            chats,
+            learn_observations=False,
+            peft_config=LoraConfig(r=script.lora_r, lora_alpha=2 * script.lora_r, target_modules=["q_proj", "v_proj"]),
+            output_dir=f"{args.output_dir}/warm_up",
+            num_train_epochs=script.warm_up_epochs,
+            per_device_train_batch_size=4,
+            learning_rate=script.warm_up_learning_rate,
+            lr_scheduler_type="cosine",
+            max_length=2048,
+            logging_steps=10,
+            use_cpu=args.use_cpu,
+            gradient_checkpointing=args.gradient_checkpointing,
+            seed=args.seed,
+            disable_tqdm=args.disable_tqdm,
+        )
+        warm.save_pretrained(folder)
+        model = warm.unload()  # so that this run begins with the same bits as those that share the folder
+    model = PeftModel.from_pretrained(model, folder, is_trainable=True)
     trainer = EPOTrainer(
         model,
         args=args,
@@ -235,7 +251,8 @@ def train_between_panels(trainer: EPOTrainer, environment: str, start: float) ->
     Play the trainer's held-out panels, train, play them again; save the model, its card, curves and a summary.
 
     `trainer.eval_dataset` is a dictionary of panels, of which "iid" gives the summary's headline. `start` is the
-    `time.perf_counter()` at which the script began.
+    `time.perf_counter()` at which the script began. A run that was cut off goes on from its last whole checkpoint, if it
+    wrote any (`save_strategy`).
     """
     panels, output_dir = trainer.eval_dataset, Path(trainer.args.output_dir)
     if not trainer.args.disable_tqdm:
@@ -246,9 +263,14 @@ def train_between_panels(trainer: EPOTrainer, environment: str, start: float) ->
         metrics = trainer.evaluate()
         return {name: metrics[f"eval_{name}_episode/success_rate"] for name in panels}
 
-    before = play_panels()
-    print(f"\nHeld-out success before EPO: {before}. Training …", flush=True)
-    trainer.train()
+    checkpoint = last_whole_checkpoint(output_dir) if output_dir.exists() else None
+    played = output_dir / "before.json"
+    if checkpoint is None or not played.exists():
+        output_dir.mkdir(parents=True, exist_ok=True)
+        played.write_text(json.dumps(play_panels()) + "\n")
+    before = json.loads(played.read_text())
+    print(f"\nHeld-out success before EPO: {before}. Training from {checkpoint or 'the warm policy'} …", flush=True)
+    trainer.train(resume_from_checkpoint=checkpoint)
     train_minutes = (time.perf_counter() - start) / 60
     after = play_panels()
 
