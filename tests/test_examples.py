@@ -145,6 +145,16 @@ def test_benchmark_of_contexts(tmp_path):
         assert transcript["read"] < window["read"] < window["read_without_cache"] == window["trained"]
 
 
+def test_benchmark_of_credit(tmp_path):
+    results = tmp_path / "results.json"
+    flags = ["--output_dir", str(tmp_path), "--seeds", "0", "--warm_up_episodes", "8", "--json", str(results)]
+    stdout = call("benchmarks/credit_signal.py", *flags, "--batches", "3", "--skipped", "1", "--gae_lambdas", "0.9")
+    rows = json.loads(results.read_text())["rows"]
+    assert [row["advantages"] for row in rows] == ["centred returns", "grpo", "gae", "gae"]
+    assert [row.get("critic_learning_rate") for row in rows] == [None, None, 1e-5, 1e-3]
+    assert stdout.count("| 0 | gae | 0.001 | 0.9 |") == 1
+
+
 def test_arms(tmp_path):
     flags = ["--arms", "ppo+epo", "--seeds", "0", "--contexts", "transcript", "window", "--max_steps", "2"]
     flags += ["--warm_up_episodes", "8", "--panel_size", "4"]
