@@ -6,6 +6,7 @@ Compare arms of the method on the embedded game: the same warm policy, the same 
 For each context (growing transcripts, or a prompt for each turn) and seed a small policy imitates the scripted expert;
 each arm then trains a copy of it and plays 100 rows of each panel, before and after. Rows go to `results.jsonl` as they
 come and arms that are in it are not run again, so several of these can share a folder; `--summary` prints the table.
+Of EPOConfig's flags only --max_steps, --learning_rate, --per_device_train_batch_size and --use_cpu act.
 """
 
 import json
@@ -35,6 +36,7 @@ ARMS = {
     "epo": EPO,
     "ppo": {**GRPO, **PPO},
     "ppo+epo": {**EPO, **PPO},
+    "ppo-lambda": {**GRPO, **PPO, "gae_lambda": 0.95},
     "gigpo": {**GRPO, "advantage_estimator": "gigpo", "gamma": 0.95},
     "turn": {**GRPO, "advantage_estimator": "turn", "gamma": 0.95},
     "grpo+resample": {**GRPO, "filter_zero_variance_groups": "resample"},
@@ -179,6 +181,7 @@ def main() -> None:
             raise ValueError(f"There are no arms {sorted(unknown)}; choose from {', '.join(ARMS)}.")
         settings = {**SETTINGS, "output_dir": args.output_dir, "max_steps": args.max_steps}
         settings |= {"learning_rate": args.learning_rate, "use_cpu": args.use_cpu}
+        settings |= {"per_device_train_batch_size": args.per_device_train_batch_size}
         file.parent.mkdir(parents=True, exist_ok=True)
         for seed in script.seeds:
             for context in script.contexts:

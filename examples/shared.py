@@ -14,7 +14,8 @@ from pathlib import Path
 import gymnasium
 import torch
 from datasets import Dataset
-from peft import LoraConfig
+from peft import LoraConfig, load_peft_weights, set_peft_model_state_dict
+from peft.utils import CONFIG_NAME as ADAPTER_CONFIG
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -27,6 +28,7 @@ from trl_epo import EPOConfig, EPOTrainer
 from trl_epo.envs import TextEnv
 from trl_epo.imitation import expert_episodes, warm_up
 from trl_epo.reports import plot_training
+from trl_epo.runs import last_whole_checkpoint
 
 
 # A script's folder comes first on the path, where `examples/scienceworld.py` would hide the package of that name.
@@ -55,6 +57,10 @@ class PretrainedArguments:
     warm_up_epochs: float = field(default=2.0, metadata={"help": "Passes over the expert's episodes."})
     warm_up_learning_rate: float = field(default=1e-3, metadata={"help": "Learning rate of the imitation."})
     lora_r: int = field(default=16, metadata={"help": "Rank of the LoRA matrices."})
+    warm_start: str | None = field(
+        default=None,
+        metadata={"help": "Folder of the warm policy: taken from there, or put there; default: in the output folder."},
+    )
 
 
 def train_pretrained(
@@ -65,7 +71,12 @@ def train_pretrained(
     panels: dict[str, Dataset],
     name: str,
 ) -> None:
-    """A pretrained model with LoRA: imitation of the expert on the rows to train on, then EPO, between two panels."""
+    """
+    A pretrained model with LoRA: imitation of the expert on the rows to train on, then EPO, between two panels.
+
+    What is there already is not done again: the warm policy (`script.warm_start`, which runs with the same seed can
+    share), the first panels, and the steps up to the last checkpoint.
+    """
     set_seed(args.seed)
     start = time.perf_counter()
     if script.model is None:
@@ -82,17 +93,21 @@ def train_pretrained(
         environment_factory=factory,
         peft_config=LoraConfig(r=script.lora_r, lora_alpha=2 * script.lora_r, target_modules=["q_proj", "v_proj"]),
     )
-    episodes = expert_episodes(trainer, train_rows)
-    print(f"Warm-up on {len(episodes)} expert episodes of {name}, {script.warm_up_epochs} times …", flush=True)
-    warm_up(
-        trainer,
-        episodes,
-        num_train_epochs=script.warm_up_epochs,
-        per_device_train_batch_size=4,
-        learning_rate=script.warm_up_learning_rate,
-        lr_scheduler_type="cosine",
-        logging_steps=10,
-    )
+    folder = Path(script.warm_start or f"{args.output_dir}/warm_start")
+    if not (folder / ADAPTER_CONFIG).exists():
+        episodes = expert_episodes(trainer, train_rows)
+        print(f"Warm-up on {len(episodes)} expert episodes of {name}, {script.warm_up_epochs} times …", flush=True)
+        warm_up(
+            trainer,
+            episodes,
+            num_train_epochs=script.warm_up_epochs,
+            per_device_train_batch_size=4,
+            learning_rate=script.warm_up_learning_rate,
+            lr_scheduler_type="cosine",
+            logging_steps=10,
+        )
+        trainer.model.save_pretrained(folder)
+    set_peft_model_state_dict(trainer.model, load_peft_weights(str(folder)))
     train_between_panels(trainer, name, start)
 
 
@@ -114,7 +129,8 @@ def train_between_panels(trainer: EPOTrainer, environment: str, start: float) ->
     Play the trainer's held-out panels, train, play them again; save the model, its card, curves and a summary.
 
     `trainer.eval_dataset` is a dictionary of panels, of which "iid" gives the summary's headline. `start` is the
-    `time.perf_counter()` at which the script began.
+    `time.perf_counter()` at which the script began. A run that was cut off goes on from its last whole checkpoint, if it
+    wrote any (`save_strategy`).
     """
     panels, output_dir = trainer.eval_dataset, Path(trainer.args.output_dir)
 
@@ -122,9 +138,14 @@ def train_between_panels(trainer: EPOTrainer, environment: str, start: float) ->
         metrics = trainer.evaluate()
         return {name: metrics[f"eval_{name}_episode/success_rate"] for name in panels}
 
-    before = play_panels()
-    print(f"\nHeld-out success before EPO: {before}. Training …", flush=True)
-    trainer.train()
+    checkpoint = last_whole_checkpoint(output_dir) if output_dir.exists() else None
+    played = output_dir / "before.json"
+    if checkpoint is None or not played.exists():
+        output_dir.mkdir(parents=True, exist_ok=True)
+        played.write_text(json.dumps(play_panels()) + "\n")
+    before = json.loads(played.read_text())
+    print(f"\nHeld-out success before EPO: {before}. Training from {checkpoint or 'the warm policy'} …", flush=True)
+    trainer.train(resume_from_checkpoint=checkpoint)
     train_minutes = (time.perf_counter() - start) / 60
     after = play_panels()
 

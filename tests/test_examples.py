@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -50,6 +51,29 @@ def test_quickstart_on_scienceworld_with_a_given_model(tmp_path, tokenizer):
     flags = ["--environment", "scienceworld", "--model", str(folder), "--max_turns", "3", "--entropy_coef", "0.01"]
     flags += ["--max_turn_length", "60"]  # the tokenizer knows few words
     check(tmp_path, run(tmp_path, "quickstart.py", *SMALL, *flags), "scienceworld")
+
+
+@pytest.mark.jvm
+def test_scienceworld_goes_on_where_it_stopped(tmp_path, tokenizer):
+    """After a cut at step 1 of 2 the same command ends with the same weights; the warm policy is made once."""
+    make_model(context_length=2048).save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    flags = ["--model", str(tmp_path / "model"), "--warm_start", str(tmp_path / "warm"), "--warm_up_epochs", "0.1"]
+    flags += ["--max_steps", "2", "--panel_size", "2", "--max_turns", "2", "--per_device_train_batch_size", "8"]
+    flags += ["--save_strategy", "steps", "--save_steps", "1", "--environment_patience", "inf"]
+    out = tmp_path / "out"
+    first = run(out, "scienceworld.py", *flags)
+    weights = (out / "adapter_model.safetensors").read_bytes()
+    before = (out / "before.json").read_bytes()
+    shutil.rmtree(out / "checkpoint-2")
+    (out / "adapter_model.safetensors").unlink()
+    again = run(out, "scienceworld.py", *flags)
+    assert (out / "adapter_model.safetensors").read_bytes() == weights
+    assert (out / "before.json").read_bytes() == before
+    assert "Warm-up on" in first and "from the warm policy" in first
+    assert "Warm-up on" not in again and f"Training from {out / 'checkpoint-1'}" in again
+    summary = json.loads((out / "summary.json").read_text())
+    assert {"success_before", "success_before_ood", "success_after_ood"} <= set(summary)
 
 
 @pytest.mark.jvm
@@ -120,6 +144,16 @@ def test_benchmark_of_contexts(tmp_path):
     for transcript, window in (rows[:2], rows[2:]):
         assert transcript["read"] == transcript["trained"] < transcript["read_without_cache"]
         assert transcript["read"] < window["read"] < window["read_without_cache"] == window["trained"]
+
+
+def test_benchmark_of_credit(tmp_path):
+    results = tmp_path / "results.json"
+    flags = ["--output_dir", str(tmp_path), "--seeds", "0", "--warm_up_episodes", "8", "--json", str(results)]
+    stdout = call("benchmarks/credit_signal.py", *flags, "--batches", "3", "--skipped", "1", "--gae_lambdas", "0.9")
+    rows = json.loads(results.read_text())["rows"]
+    assert [row["advantages"] for row in rows] == ["centred returns", "grpo", "gae", "gae"]
+    assert [row.get("critic_learning_rate") for row in rows] == [None, None, 1e-5, 1e-3]
+    assert stdout.count("| 0 | gae | 0.001 | 0.9 |") == 1
 
 
 def test_arms(tmp_path):

@@ -12,6 +12,7 @@ from trl_epo.credit.advantages import (
     discounted_returns,
     flat_groups,
     gae,
+    is_flat,
     rewards_at_turn_ends,
     spread_over_tokens,
     standardized,
@@ -142,6 +143,26 @@ class TestGae:
         rewards, values = torch.randn(2, 2, 6, generator=generator)
         _, returns = gae(rewards, values, torch.ones(2, 6), 1.0, 1.0)
         torch.testing.assert_close(returns, rewards.flip(1).cumsum(1).flip(1), atol=1e-5, rtol=1e-5)
+
+
+class TestIsFlat:
+    def test_examples(self):
+        assert is_flat(0.0, 0.0) and is_flat(-3.0, -3.0) and is_flat(0.3, 0.1 + 0.2)
+        assert not is_flat(0.0, 1e-6) and not is_flat(-1.0, 1.0) and not is_flat(100.0, 100.01)
+        assert is_flat(math.inf, -math.inf)  # of no tokens at all
+
+    @given(REWARDS, st.randoms())
+    def test_the_order_of_a_sum_is_no_difference(self, rewards, random):
+        """In float32, as the trainer adds up; rewards of one sign, whose sum keeps its digits."""
+        ones = torch.ones(1, len(rewards))
+        shuffled = random.sample(rewards, len(rewards))
+        rows = (torch.tensor([list(map(abs, each))]) for each in (rewards, shuffled))
+        totals = [gae(row, torch.zeros_like(row), ones, 1.0, 1.0)[0][0, 0].item() for row in rows]
+        assert is_flat(min(totals), max(totals))
+
+    @given(st.floats(-100, 100), st.floats(0.01, 100), st.floats(0.01, 100))
+    def test_the_unit_of_reward_does_not_matter(self, lowest, spread, unit):
+        assert not is_flat(lowest * unit, (lowest + spread) * unit)
 
 
 class TestValueLoss:

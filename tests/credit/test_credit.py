@@ -412,6 +412,30 @@ class TestCritic:
         trainer.train()
         assert any("critic/value" in entry for entry in trainer.state.log_history)
 
+    @pytest.mark.parametrize("reward", [0.0, 0.3])
+    def test_a_batch_whose_returns_do_not_vary_leaves_the_policy_alone(self, tmp_path, tokenizer, reward):
+        """The critic's noise is no advantage, and it learns."""
+
+        class Same(Corridor):
+            def step(self, action):
+                observation, *_ = super().step(action)
+                ends = self.num_steps == 3
+                return observation, reward * ends, ends, False, {}
+
+        trainer = make_trainer(
+            tmp_path, tokenizer, factory=Same, advantage_estimator="gae", max_steps=1, entropy_coef=0.0
+        )
+        with torch.no_grad():
+            value_head(trainer._critic.model).weight.normal_()
+        before, critic = weights(trainer), critic_weights(trainer)
+        batches = recorded(trainer)
+        trainer.train()
+        assert batches[0]["values"].std() > 0.1
+        assert not batches[0]["advantages"].any()
+        assert torch.equal(weights(trainer), before) and not torch.equal(critic_weights(trainer), critic)
+        [logged] = [entry for entry in trainer.state.log_history if "critic/flat" in entry]
+        assert logged["critic/flat"] == 1.0 and logged["critic/advantage_std"] > 0.1
+
     def test_it_learns_with_its_own_rate(self, tmp_path, tokenizer):
         trainer = make_trainer(
             tmp_path, tokenizer, factory=Foretold, advantage_estimator="gae", max_steps=30, critic_learning_rate=3e-3,

@@ -6,8 +6,9 @@ Imports: runs (sharded critics), rollouts, entropy, config, batches. Open first:
 functions; `assigner.py` applies them to batches, `critic.py` is PPO's.
 """
 
+from .advantages import gae, rewards_at_turn_ends
 from .assigner import CreditAssigner
 from .critic import Critic, TrainCritic, make_critic
 
 
-__all__ = ["CreditAssigner", "Critic", "TrainCritic", "make_critic"]
+__all__ = ["CreditAssigner", "Critic", "TrainCritic", "gae", "make_critic", "rewards_at_turn_ends"]

@@ -15,6 +15,7 @@ from torch import Tensor
 
 STD_OFFSET = 1e-4  # added to a standard deviation before dividing by it, as in TRL
 FLOAT32_ROUNDING = 2.0**-22  # relative, of a sum of a few numbers
+SUM_ROUNDING = 1e-5  # the same of many
 
 
 def flat_groups(rewards: Sequence[float], group_size: int) -> list[bool]:
@@ -201,6 +202,16 @@ def gae(rewards: Tensor, values: Tensor, mask: Tensor, gamma: float, lambda_: fl
     returns = torch.where(here, packed + values, 0.0)
     empty = torch.zeros(action.shape, dtype=values.dtype, device=values.device)
     return empty.scatter(1, order, packed), empty.scatter(1, order, returns)
+
+
+def is_flat(lowest: float, highest: float) -> bool:
+    """
+    Whether returns from `lowest` to `highest`, in units of reward, differ by no more than the rounding of their sums.
+
+    >>> is_flat(0.3, 0.1 + 0.2), is_flat(0.0, 1e-6)
+    (True, False)
+    """
+    return highest - lowest <= SUM_ROUNDING * max(abs(lowest), abs(highest))
 
 
 def value_loss(values: Tensor, old_values: Tensor, returns: Tensor, clip_range: float) -> Tensor:

@@ -19,6 +19,7 @@ from .advantages import (
     discounted_returns,
     flat_groups,
     gae,
+    is_flat,
     rewards_at_turn_ends,
     spread_over_tokens,
     turn_advantages,
@@ -135,10 +136,13 @@ class CreditAssigner:
         variance, _, return_variance, error_variance = (
             max(square - mean**2, 0.0) for mean, square in zip(means[::2], means[1::2], strict=True)
         )
-        standardized = (advantages - mean) / (math.sqrt(variance) + 1e-8)
-        batch["advantages"] = torch.where(action, standardized, 0.0)
+        # Where nothing went better than anything else, advantages are the critic's noise, which whitening would blow up
+        flat = is_flat(*self._bounds_of_returns(rewards, action))
+        scale = 0.0 if flat else 1.0 / (math.sqrt(variance) + 1e-8)
+        batch["advantages"] = torch.where(action, (advantages - mean) * scale, 0.0)
         batch["values"], batch["returns"] = values, returns
         metrics = {"critic/value": value, "critic/return": mean_return}
+        metrics |= {"critic/advantage_std": math.sqrt(variance), "critic/flat": float(flat)}
         if return_variance > 1e-12:
             metrics["critic/explained_variance"] = 1.0 - error_variance / return_variance
         return metrics
@@ -146,6 +150,14 @@ class CreditAssigner:
     def _weighted_rewards(self, episode: Episode) -> list[float]:
         """What each turn's own reward is in the episode's."""
         return [self.return_weight * reward for reward in episode.penalised_rewards(self.args.invalid_action_penalty)]
+
+    def _bounds_of_returns(self, rewards: Tensor, action: Tensor) -> tuple[float, float]:
+        """The lowest and the highest of what follows each action token in reward, discounted, on all processes."""
+        returns, _ = gae(rewards, torch.zeros_like(rewards), action, self.args.gamma, 1.0)
+        lowest = returns.masked_fill(~action, math.inf).min()
+        highest = returns.masked_fill(~action, -math.inf).max()
+        bounds = self.accelerator.gather(torch.stack([lowest, highest])).view(-1, 2)
+        return bounds[:, 0].min().item(), bounds[:, 1].max().item()
 
     def _own(self, num_episodes: int) -> slice:
         """This process's episodes among those of all."""
