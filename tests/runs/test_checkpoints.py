@@ -103,7 +103,7 @@ def test_checkpoints_of_another_trainer(tmp_path, caplog):
         make_model(),
         reward_funcs=lambda completions, **kwargs: [float(len(c)) for c in completions],
         args=GRPOConfig(str(tmp_path), **{**settings, **SAVING, "max_steps": 2, "entropy_coef": 0.0}),
-        train_dataset=make_trainer(tmp_path).train_dataset,
+        train_dataset=Dataset.from_dict({"prompt": [[{"role": "user", "content": "Look."}]] * 8}),
         processing_class=make_tokenizer(),
     )
     trainer.train()
