@@ -42,7 +42,7 @@ def load(name: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     if name == "smollm2":
         model, tokenizer = load_smollm2()
     else:
-        tokenizer = make_tokenizer([[{"role": "user", "content": ACTION}]])
+        tokenizer = make_tokenizer([ACTION])
         tokenizer.add_special_tokens({"eos_token": "<|im_end|>", "additional_special_tokens": ["<|im_start|>"]})
         model = make_model(tokenizer, context_length=8192).to(torch.bfloat16)
     tokenizer.chat_template = CHAT_TEMPLATE

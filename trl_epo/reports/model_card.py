@@ -70,6 +70,8 @@ def play_example(args: EPOConfig, factories: dict[str | None, Callable], row: di
         row (`dict`): A dataset row.
     """
     folder = args.hub_model_id or args.output_dir
+    if Path(folder).is_absolute():  # which others have not, and which tells of the machine
+        folder = Path(folder).name
     if Path(args.output_dir, PLAY_SETTINGS_FILE).exists():
         lines = [f"trl-epo play {folder}"]
         if args.hub_model_id:
