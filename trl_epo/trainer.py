@@ -1,11 +1,8 @@
 """`EPOTrainer`: GRPO with EPO's entropy term (arXiv 2509.22576) and multi-turn rollouts in text environments."""
 
-import logging
 import os
 import weakref
 from collections.abc import Callable
-from contextlib import nullcontext
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,26 +13,14 @@ from .batches import action_mask
 from .config import EPOConfig
 from .credit import CreditAssigner, Critic, TrainCritic, make_critic
 from .entropy import EntropyHistory, EntropyTerm, Moment, turn_ids_from_mask
-from .reports import (
-    PAPER,
-    Diagnosis,
-    EpisodeKeeper,
-    complete_model_card,
-    enough_played,
-    episode_metrics,
-    evaluation_metrics,
-    play_example,
-    show_episodes,
-    show_progress,
-)
+from .reporting import ReportingTrainer
+from .reports import PAPER
 from .rollouts import (
-    EPISODES_FOLDER,
     ActionParser,
     ChatEncoder,
     EnvironmentPool,
     EpisodePlayer,
     FirstRow,
-    PlayedBatch,
     PromptBuilder,
     TooManyFailures,
     check_first_row,
@@ -48,11 +33,8 @@ from .rollouts import (
     set_defaults,
     set_turn_length,
 )
-from .runs import own_randomness
-from .seams import SeamedGRPOTrainer, replaced
+from .seams import replaced
 
-
-logger = logging.getLogger(__name__)
 
 HISTORY_FILE = "entropy_history.json"
 # The model in there is not directly below the checkpoint, where transformers takes every folder with an adapter for one
@@ -60,7 +42,7 @@ HISTORY_FILE = "entropy_history.json"
 CRITIC_FOLDER = "critic"
 
 
-class EPOTrainer(SeamedGRPOTrainer):
+class EPOTrainer(ReportingTrainer):
     """
     Trainer for Entropy-regularized Policy Optimization (EPO), a drop-in replacement for [`~trl.GRPOTrainer`].
 
@@ -135,11 +117,7 @@ class EPOTrainer(SeamedGRPOTrainer):
             args = EPOConfig(f"{name.split('/')[-1]}-EPO")
         if not isinstance(args, EPOConfig):
             raise TypeError(f"`args` is a {type(args).__name__}, but must be an `EPOConfig` (from trl_epo).")
-        self._player: EpisodePlayer | None = None  # where there are text episodes
-        self._keeper: EpisodeKeeper | None = None  # there too
         self._critic: Critic | None = None
-        self._batch: PlayedBatch | None = None  # the generation batch
-        self._eval_prefix = "eval"
 
         environments = make_environment_pool(environment_factory, args.env_timeout)
         if environments is not None:
@@ -194,7 +172,6 @@ class EPOTrainer(SeamedGRPOTrainer):
     ) -> None:
         args = self.args
         self.use_played_episodes()
-        show_progress(self)
         chat = ChatEncoder(self._tokenizer, self.eos_token_ids, self.chat_template, self.chat_template_kwargs)
         set_turn_length(args, chat.thinks)
         context_length = self.context_length
@@ -212,15 +189,7 @@ class EPOTrainer(SeamedGRPOTrainer):
             prompt_builder=prompt_builder,
         )
         self._player.check_prompts(first_row)
-        self._keeper = EpisodeKeeper(
-            Path(args.output_dir, EPISODES_FOLDER),
-            self.accelerator,
-            self._tokenizer,
-            self.eos_token_ids,
-            number=args.keep_episodes,
-            max_bytes=args.keep_episodes_megabytes * 10**6,
-        )
-        self._diagnosis = Diagnosis(args, len(self._tokenizer), self._tokenizer.decode)
+        self.report_episodes(self._player, self._tokenizer)
         if args.advantage_estimator == "gae":
             policy = self.accelerator.unwrap_model(self.model)
             self._critic = Critic(make_critic(policy, args.critic_model, len(self._tokenizer)), args, self.accelerator)
@@ -230,19 +199,7 @@ class EPOTrainer(SeamedGRPOTrainer):
 
     def train(self, *args, **kwargs):
         self.entropy_term.history = EntropyHistory()  # a resumed run loads its own
-        if self._player is not None:
-            self._player.begin_training()
-            self._keeper.begin_training()
-            self._diagnosis.load_state_dict({})
-        result = super().train(*args, **kwargs)
-        if self._keeper is not None:
-            self._keeper.end_batch()  # of which some losses were not computed any more
-        return result
-
-    @property
-    def player(self) -> EpisodePlayer | None:
-        """What plays text episodes; `None` where there are none."""
-        return self._player
+        return super().train(*args, **kwargs)
 
     @property
     def entropy_history(self) -> EntropyHistory:
@@ -270,7 +227,7 @@ class EPOTrainer(SeamedGRPOTrainer):
             ) from error
         self.set_played_batch(self._batch)
         if mode == "eval":
-            self._keeper.add_to_panel(self._batch, self._panel or None, step, rl_step + 1, self.sampling_temperature)
+            self.report_panel_batch(rl_step + 1)
         penalty = self.args.invalid_action_penalty
         return [
             {**row, "prompt": episode.prompt, "episodes": episode, "invalid_action_penalty": penalty}
@@ -288,16 +245,7 @@ class EPOTrainer(SeamedGRPOTrainer):
                 batch["context_ids"] = self.loss_context_ids
             if self.mode == "train":
                 self._assign_credit(batch)
-                self._tell_what_is_wrong()
-                batch["places"] = torch.tensor(self._batch.places, device=self.accelerator.device)
-                self._keeper.begin_batch(
-                    self._batch,
-                    batch["advantages"],
-                    batch["turn_ids"],
-                    self.state.global_step,
-                    self.entropy_history.step,
-                    self.sampling_temperature,
-                )
+                self.report_batch(batch, self.entropy_history)
         num_episodes = action_mask(batch).bool().any(dim=1).sum()
         batch["num_episodes_in_batch"] = self.accelerator.gather(num_episodes).sum()
         return batch
@@ -309,11 +257,6 @@ class EPOTrainer(SeamedGRPOTrainer):
             metrics["groups/resampled"] = self._batch.num_resampled
         metrics |= self._credit.assign(batch, self._batch.episodes, self.episode_rewards)
         self.add_metrics(metrics)
-
-    def _tell_what_is_wrong(self) -> None:
-        messages = self._diagnosis.observe(self._batch, self.episode_rewards.tolist(), self.entropy_history.means)
-        for message in messages if self.accelerator.is_main_process else ():
-            logger.warning("%s", message)
 
     # L_MT − λ·(L_H − β_k·L_smooth), and H̄_k for the history
 
@@ -350,13 +293,8 @@ class EPOTrainer(SeamedGRPOTrainer):
         )
 
     def note_scores(self, batch: dict[str, Any], logprobs: Tensor, entropies: Tensor) -> None:
-        moment = self._moment
-        if self._keeper is None or not (moment.train and moment.first_pass):
-            return
-        corridor = (self.args.entropy_corridor_low, self.args.entropy_corridor_high)
-        self._keeper.note_scores(batch, logprobs, entropies, self.entropy_term.reference(batch, moment), corridor)
-        if self.optimizer_micro_step == self.args.steps_per_generation - 1:
-            self._keeper.end_batch()
+        if self._moment.train and self._moment.first_pass:
+            self.report_scores(batch, logprobs, entropies, self.entropy_term.reference(batch, self._moment))
 
     def shape_advantages(self, advantages: Tensor, entropies: Tensor) -> Tensor:
         return self.entropy_term.shape_advantages(advantages, entropies)
@@ -366,67 +304,7 @@ class EPOTrainer(SeamedGRPOTrainer):
             self._critic.prepare(num_training_steps)
         return super().create_scheduler(num_training_steps, optimizer)
 
-    # Evaluation and logs
-
-    def evaluation_loop(self, dataloader, *args, metric_key_prefix: str = "eval", **kwargs):
-        self._eval_prefix = metric_key_prefix
-        self.begin_tracking()
-        randomness = nullcontext()
-        if self._player is not None:
-            self._player.begin_panel(dataloader.dataset)
-            self._keeper.begin_panel()
-            self.clear_eval_metrics()  # what an evaluation that was interrupted, or `predict`, has left
-            randomness = own_randomness(self.args.seed, self.accelerator.device)
-        with self.sampling_at(self.args.eval_temperature), randomness:
-            output = super().evaluation_loop(dataloader, *args, metric_key_prefix=metric_key_prefix, **kwargs)
-        if self._keeper is not None:
-            self._keeper.end_panel()
-        return output
-
-    @property
-    def _panel(self) -> str:
-        """The name of the evaluation set that is being played; empty if it has none."""
-        return self._eval_prefix.removeprefix("eval").lstrip("_")
-
-    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        if self._player is not None:
-            summaries = self._player.summaries[self.mode]
-            metrics = episode_metrics(summaries) if self.mode == "train" else evaluation_metrics(summaries)
-            for name, value in {**metrics, **self._player.failures.metrics(self.mode)}.items():
-                self.set_metric(name, value)
-            summaries.clear()
-        if self.mode == "eval":
-            if self._player is not None:
-                self.clear_eval_metrics("completions/")  # TRL counts the rows that fill up the last batch too
-            self.label_eval_metrics(self._panel)
-        super().log(logs, start_time)
-        if self._keeper is not None:
-            table = "episodes" if self.mode == "train" else "_".join(filter(None, ("eval", self._panel, "episodes")))
-            show_episodes(self._keeper.take_shown(), table, self.state.global_step, self.callback_handler.callbacks)
-
-    def may_be_best(self, metrics: dict[str, float]) -> bool:
-        return enough_played(metrics, self.args.metric_for_best_model, self.args.max_failed_fraction)
-
-    def extend_model_card(self, path: Path) -> None:
-        example = None
-        if self._player is not None:
-            example = play_example(self.args, self._player.environments.factories, next(iter(self.train_dataset)))
-        complete_model_card(path, self.args, self.state.log_history, example)
-
     # Checkpoints
-
-    def pending_figures(self) -> dict[str, Any]:
-        if self._player is None:
-            return {}
-        parts = {"kept_episodes": self._keeper.state_dict(), "diagnosis": self._diagnosis.state_dict()}
-        return {**self._player.state_dict(), **parts}
-
-    def restore_pending_figures(self, figures: dict[str, Any]) -> None:
-        if self._player is not None:
-            self._player.load_state_dict(figures)
-            self._diagnosis.load_state_dict(figures.get("diagnosis", {}))
-            if kept := figures.get("kept_episodes"):
-                self._keeper.load_state_dict(kept, self.state.global_step, self.entropy_history.step)
 
     def save_extras(self, checkpoint: str) -> None:
         if self._critic is not None:  # first, since all processes save it together

@@ -66,7 +66,7 @@ def run(tmp_path, tokenizer, factory=Corridor, model=None, resume=None, **kwargs
 
 def says(caplog):
     """The paragraphs that the trainer has logged."""
-    return [r.getMessage() for r in caplog.records if r.name == "trl_epo.trainer" and r.levelno == logging.WARNING]
+    return [r.getMessage() for r in caplog.records if r.name == "trl_epo.reporting" and r.levelno == logging.WARNING]
 
 
 def only(caplog, *parts):

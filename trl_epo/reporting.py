@@ -1,0 +1,165 @@
+"""
+What `EPOTrainer` tells of a run, apart from how it trains: evaluations, logs, progress, kept episodes, what is wrong, the
+model card; and what of it a checkpoint must hold.
+"""
+
+import logging
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from .entropy import EntropyHistory
+from .reports import (
+    Diagnosis,
+    EpisodeKeeper,
+    complete_model_card,
+    enough_played,
+    episode_metrics,
+    evaluation_metrics,
+    play_example,
+    show_episodes,
+    show_progress,
+)
+from .rollouts import EPISODES_FOLDER, EpisodePlayer, PlayedBatch
+from .runs import own_randomness
+from .seams import SeamedGRPOTrainer
+
+
+logger = logging.getLogger(__name__)
+
+
+class ReportingTrainer(SeamedGRPOTrainer):
+    """`GRPOTrainer` that tells what its text episodes were like, if it plays any."""
+
+    _player: EpisodePlayer | None = None  # where there are text episodes
+    _keeper: EpisodeKeeper | None = None  # the same
+    _batch: PlayedBatch | None = None  # the generation batch
+    _eval_prefix = "eval"
+
+    def report_episodes(self, player: EpisodePlayer, tokenizer: PreTrainedTokenizerBase) -> None:
+        """Report the episodes of this player from now on."""
+        args = self.args
+        self._player = player
+        self._keeper = EpisodeKeeper(
+            Path(args.output_dir, EPISODES_FOLDER),
+            self.accelerator,
+            tokenizer,
+            self.eos_token_ids,
+            number=args.keep_episodes,
+            max_bytes=args.keep_episodes_megabytes * 10**6,
+        )
+        self._diagnosis = Diagnosis(args, len(tokenizer), tokenizer.decode)
+        show_progress(self)
+
+    @property
+    def player(self) -> EpisodePlayer | None:
+        """What plays text episodes; `None` where there are none."""
+        return self._player
+
+    def train(self, *args, **kwargs):
+        if self._player is not None:
+            self._player.begin_training()
+            self._keeper.begin_training()
+            self._diagnosis.load_state_dict({})
+        result = super().train(*args, **kwargs)
+        if self._keeper is not None:
+            self._keeper.end_batch()  # of which some losses were not computed any more
+        return result
+
+    def report_batch(self, batch: dict[str, Any], history: EntropyHistory) -> None:
+        """A generation batch was played and credited; it gets the `places` of its rows, (B,)."""
+        messages = self._diagnosis.observe(self._batch, self.episode_rewards.tolist(), history.means)
+        for message in messages if self.accelerator.is_main_process else ():
+            logger.warning("%s", message)
+        batch["places"] = torch.tensor(self._batch.places, device=self.accelerator.device)
+        self._keeper.begin_batch(
+            self._batch,
+            batch["advantages"],
+            batch["turn_ids"],
+            self.state.global_step,
+            history.step,
+            self.sampling_temperature,
+        )
+
+    def report_scores(
+        self, batch: dict[str, Any], logprobs: Tensor, entropies: Tensor, reference: Tensor | float | None
+    ) -> None:
+        """The first loss of a micro-batch has been computed, with the corridor around `reference`."""
+        if self._keeper is None:
+            return
+        corridor = (self.args.entropy_corridor_low, self.args.entropy_corridor_high)
+        self._keeper.note_scores(batch, logprobs, entropies, reference, corridor)
+        if self.optimizer_micro_step == self.args.steps_per_generation - 1:
+            self._keeper.end_batch()
+
+    def report_panel_batch(self, num_rl_steps: int) -> None:
+        """A batch of an evaluation set was played."""
+        self._keeper.add_to_panel(
+            self._batch, self._panel or None, self.state.global_step, num_rl_steps, self.sampling_temperature
+        )
+
+    # Evaluation and logs
+
+    def evaluation_loop(self, dataloader, *args, metric_key_prefix: str = "eval", **kwargs):
+        self._eval_prefix = metric_key_prefix
+        self.begin_tracking()
+        randomness = nullcontext()
+        if self._player is not None:
+            self._player.begin_panel(dataloader.dataset)
+            self._keeper.begin_panel()
+            self.clear_eval_metrics()  # what an evaluation that was interrupted, or `predict`, has left
+            randomness = own_randomness(self.args.seed, self.accelerator.device)
+        with self.sampling_at(self.args.eval_temperature), randomness:
+            output = super().evaluation_loop(dataloader, *args, metric_key_prefix=metric_key_prefix, **kwargs)
+        if self._keeper is not None:
+            self._keeper.end_panel()
+        return output
+
+    @property
+    def _panel(self) -> str:
+        """The name of the evaluation set that is being played; empty if it has none."""
+        return self._eval_prefix.removeprefix("eval").lstrip("_")
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        if self._player is not None:
+            summaries = self._player.summaries[self.mode]
+            metrics = episode_metrics(summaries) if self.mode == "train" else evaluation_metrics(summaries)
+            for name, value in {**metrics, **self._player.failures.metrics(self.mode)}.items():
+                self.set_metric(name, value)
+            summaries.clear()
+        if self.mode == "eval":
+            if self._player is not None:
+                self.clear_eval_metrics("completions/")  # TRL counts the rows that fill up the last batch too
+            self.label_eval_metrics(self._panel)
+        super().log(logs, start_time)
+        if self._keeper is not None:
+            table = "episodes" if self.mode == "train" else "_".join(filter(None, ("eval", self._panel, "episodes")))
+            show_episodes(self._keeper.take_shown(), table, self.state.global_step, self.callback_handler.callbacks)
+
+    def may_be_best(self, metrics: dict[str, float]) -> bool:
+        return enough_played(metrics, self.args.metric_for_best_model, self.args.max_failed_fraction)
+
+    def extend_model_card(self, path: Path) -> None:
+        example = None
+        if self._player is not None:
+            example = play_example(self.args, self._player.environments.factories, next(iter(self.train_dataset)))
+        complete_model_card(path, self.args, self.state.log_history, example)
+
+    # Checkpoints
+
+    def pending_figures(self) -> dict[str, Any]:
+        if self._player is None:
+            return {}
+        parts = {"kept_episodes": self._keeper.state_dict(), "diagnosis": self._diagnosis.state_dict()}
+        return {**self._player.state_dict(), **parts}
+
+    def restore_pending_figures(self, figures: dict[str, Any]) -> None:
+        if self._player is not None:
+            self._player.load_state_dict(figures)
+            self._diagnosis.load_state_dict(figures.get("diagnosis", {}))
+            if kept := figures.get("kept_episodes"):
+                self._keeper.load_state_dict(kept, self.state.global_step, self.entropy_history.step)
