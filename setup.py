@@ -17,7 +17,6 @@ REQUIREMENTS = [
     "accelerate>=1.4",
     "datasets>=4.0",
     "gymnasium>=1.0",
-    "jinja2",
     "loky>=3.4",
     "numpy",
     "peft>=0.18",

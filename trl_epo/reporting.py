@@ -146,7 +146,8 @@ class ReportingTrainer(SeamedGRPOTrainer):
     def extend_model_card(self, path: Path) -> None:
         example = None
         if self._player is not None:
-            example = play_example(self.args, self._player.environments.factories, next(iter(self.train_dataset)))
+            row = next(iter(self.train_dataset))
+            example = play_example(self.args, self._player.environments.factories, row, self.hub_model_id)
         complete_model_card(path, self.args, self.state.log_history, example)
 
     # Checkpoints

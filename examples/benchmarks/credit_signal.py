@@ -51,15 +51,13 @@ def play(script: SignalArguments, seed: int) -> tuple[AutoModelForCausalLM, list
     """The warm policy of a seed, and batches of its episodes with their rewards, (B, T)."""
     settings = {**SETTINGS, "output_dir": script.output_dir, "use_cpu": True, "max_steps": script.batches, **GRPO}
     settings |= {"per_device_train_batch_size": 8, "learning_rate": 0.0, "environment_patience": math.inf}
-    folder = warm_policy(
-        ArmsArguments(warm_up_episodes=script.warm_up_episodes), EPOConfig(**settings), "transcript", seed
-    )
+    folder = warm_policy(ArmsArguments(warm_up_episodes=script.warm_up_episodes), settings, "transcript", seed)
     batches = []
 
     class Recorder(EPOTrainer):
         def extend_batch(self, batch):
             batch = super().extend_batch(batch)
-            earned = [[turn.reward for turn in episode.turns] for episode in self._episodes]
+            earned = [[turn.reward for turn in episode.turns] for episode in self._batch.episodes]
             batches.append({**batch, "rewards": rewards_at_turn_ends(earned, batch["turn_ids"])})
             return batch
 

@@ -445,7 +445,9 @@ def test_scienceworlds_java_process(tmp_path, tokenizer, tokens, signal_number, 
             return super().step(action)
 
     rows = Dataset.from_dict({"task": ["boil"] * 2, "variation": [0, 1]})
-    trainer = make_trainer(tmp_path, tokenizer, lambda: Shot("boil", 0, turns=3), rows=rows, max_failed_fraction=0.0)
+    trainer = make_trainer(
+        tmp_path, tokenizer, lambda: Shot("boil", 0, turns=3, instructions=None), rows=rows, max_failed_fraction=0.0
+    )
     if kind == "timeout":
         hurry(trainer, 10.0)
     tokens(1)
@@ -472,7 +474,9 @@ def test_a_call_in_java_without_end_costs_its_own_episode(tmp_path, tokenizer, t
             return super().step(action)
 
     rows = Dataset.from_dict({"task": ["boil"] * 2, "variation": [0, 1]})
-    trainer = make_trainer(tmp_path, tokenizer, lambda: Stuck("boil", 0, turns=3), rows=rows, env_max_retries=0)
+    trainer = make_trainer(
+        tmp_path, tokenizer, lambda: Stuck("boil", 0, turns=3, instructions=None), rows=rows, env_max_retries=0
+    )
     hurry(trainer, 10.0)
     tokens(1)
     trainer.train()

@@ -60,7 +60,9 @@ def play_settings(args: EPOConfig) -> dict[str, Any]:
     return {name: value for name, value in settings.items() if value != defaults[name]}
 
 
-def play_example(args: EPOConfig, factories: dict[str | None, Callable], row: dict[str, Any]) -> str:
+def play_example(
+    args: EPOConfig, factories: dict[str | None, Callable], row: dict[str, Any], hub_model_id: str | None = None
+) -> str:
     """
     How to let the model play an episode, as a block of code: a command where its settings are beside the model, else Python.
 
@@ -68,13 +70,12 @@ def play_example(args: EPOConfig, factories: dict[str | None, Callable], row: di
         args ([`EPOConfig`]): The settings of training.
         factories (`dict[str | None, Callable]`): What makes the environments, by name.
         row (`dict`): A dataset row.
+        hub_model_id (`str`, *optional*): The model's name on the Hub, if it is pushed.
     """
-    folder = args.hub_model_id or args.output_dir
-    if Path(folder).is_absolute():  # which others have not, and which tells of the machine
-        folder = Path(folder).name
+    folder = hub_model_id or args.output_dir
     if Path(args.output_dir, PLAY_SETTINGS_FILE).exists():
         lines = [f"trl-epo play {folder}"]
-        if args.hub_model_id:
+        if hub_model_id:
             lines = [f"hf download {folder} --local-dir model", "trl-epo play model"]
         return "\n".join(["```bash", *lines, "```"])
     factory = factories[None] if list(factories) == [None] else None

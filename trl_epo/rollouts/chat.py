@@ -6,7 +6,6 @@ import secrets
 from collections.abc import Sequence
 from typing import Any
 
-from jinja2 import TemplateError
 from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerBase
 
@@ -126,7 +125,7 @@ class ChatEncoder:
         """
         try:
             self._render([("system", 0), ("user", 1)])
-        except (ValueError, TemplateError):
+        except Exception:  # the template's own, of whatever kind
             return [{"role": "user", "content": instructions}]
         return [{"role": "system", "content": instructions}]
 
