@@ -127,7 +127,8 @@ def card(tmp_path, tokenizer, factory):
 
 
 class TestModelCard:
-    def test_its_example_plays_an_episode(self, tmp_path, tokenizer, capsys):
+    def test_its_example_plays_an_episode(self, tmp_path, tokenizer, capsys, monkeypatch):
+        monkeypatch.chdir(tmp_path)  # where the example leaves its folder
         example = card(tmp_path, tokenizer, Corridor).removeprefix("python\n")
         assert len(example.splitlines()) <= 8
         exec(example, {})
