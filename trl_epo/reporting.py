@@ -89,8 +89,6 @@ class ReportingTrainer(SeamedGRPOTrainer):
         self, batch: dict[str, Any], logprobs: Tensor, entropies: Tensor, reference: Tensor | float | None
     ) -> None:
         """The first loss of a micro-batch has been computed, with the corridor around `reference`."""
-        if self._keeper is None:
-            return
         corridor = (self.args.entropy_corridor_low, self.args.entropy_corridor_high)
         self._keeper.note_scores(batch, logprobs, entropies, reference, corridor)
         if self.optimizer_micro_step == self.args.steps_per_generation - 1:

@@ -177,7 +177,7 @@ class EPOTrainer(ReportingTrainer):
         context_length = self.context_length
         if args.max_completion_length is None:
             self.max_completion_length = context_length or args.max_turns * 2 * args.max_turn_length
-        self._player = EpisodePlayer(
+        player = EpisodePlayer(
             args,
             self.accelerator,
             environments,
@@ -188,8 +188,8 @@ class EPOTrainer(ReportingTrainer):
             action_parser=action_parser,
             prompt_builder=prompt_builder,
         )
-        self._player.check_prompts(first_row)
-        self.report_episodes(self._player, self._tokenizer)
+        player.check_prompts(first_row)
+        self.report_episodes(player, self._tokenizer)
         if args.advantage_estimator == "gae":
             policy = self.accelerator.unwrap_model(self.model)
             self._critic = Critic(make_critic(policy, args.critic_model, len(self._tokenizer)), args, self.accelerator)
@@ -293,8 +293,9 @@ class EPOTrainer(ReportingTrainer):
         )
 
     def note_scores(self, batch: dict[str, Any], logprobs: Tensor, entropies: Tensor) -> None:
-        if self._moment.train and self._moment.first_pass:
-            self.report_scores(batch, logprobs, entropies, self.entropy_term.reference(batch, self._moment))
+        moment = self._moment
+        if self._player is not None and moment.train and moment.first_pass:
+            self.report_scores(batch, logprobs, entropies, self.entropy_term.reference(batch, moment))
 
     def shape_advantages(self, advantages: Tensor, entropies: Tensor) -> Tensor:
         return self.entropy_term.shape_advantages(advantages, entropies)
