@@ -179,7 +179,7 @@ class TestParsing:
         results = {"iid": panel_results(metrics, "iid"), "ood": {"count": 4, "stop/failure": 0.0}}
         assert "iid: 3 of 10 episodes failed" in table(results).splitlines()[-1]
         assert "failed" not in table({"ood": results["ood"]})
-        assert table({"ood": {"count": 4, "stop/failure": 1.0}}).splitlines()[1].split() == ["ood", "4", *"----"]
+        assert table({"ood": {"count": 4, "stop/failure": 1.0}}).splitlines()[1].split() == ["ood", "4", *"-----"]
 
 
 class TestRows:

@@ -60,16 +60,16 @@ def table(panels: dict[str, dict[str, float]]) -> str:
     A table of results by panel, and by task within it, and below it how many episodes failed, if any.
 
     >>> print(table({"iid": {"count": 8, "success_rate": 0.5, "success_low": 0.21, "success_high": 0.785,
-    ...     "return": 0.5, "turns": 7.25, "success_rate/heat": 1.0}}))
-    panel     episodes  success         95 %  return  turns
-    iid              8    50.0%   21.0-78.5%    0.50    7.2
+    ...     "return": 0.5, "turns": 7.25, "invalid_actions": 0.1, "success_rate/heat": 1.0}}))
+    panel     episodes  success         95 %  return  turns  invalid
+    iid              8    50.0%   21.0-78.5%    0.50    7.2    10.0%
       heat               100.0%
     """
     width = max(
         [8, *(2 + len(name.split("/")[-1]) for results in panels.values() for name in results if "rate/" in name)]
     )
     passes = sorted({name for results in panels.values() for name in results if name.startswith("pass@")}, key=_k)
-    header = f"{'panel':<{width}}  episodes  success         95 %  return  turns"
+    header = f"{'panel':<{width}}  episodes  success         95 %  return  turns  invalid"
     lines = [header + "".join(f"  {name:>8}" for name in passes)]
     for panel, results in panels.items():
         interval = (
@@ -78,6 +78,7 @@ def table(panels: dict[str, dict[str, float]]) -> str:
         lines.append(
             f"{panel:<{width}}  {results.get('count', 0):>8}  {_percent(results, 'success_rate'):>7}  {interval:>11}"
             f"  {_number(results, 'return', 2):>6}  {_number(results, 'turns', 1):>5}"
+            f"  {_percent(results, 'invalid_actions'):>7}"
             + "".join(f"  {_percent(results, name):>8}" for name in passes)
         )
         for name in results:
