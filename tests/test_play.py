@@ -44,6 +44,11 @@ class TestModel:
             assert any(line.startswith(turn.observation) for line in lines[1:])
         assert re.match(r"(Success|No success) after \d turns? \(\w+\); return [01]\.", lines[-1])
 
+    def test_it_leaves_no_folder(self, folder, tmp_path, monkeypatch):
+        monkeypatch.chdir(tmp_path)
+        shown(folder)
+        assert not list(tmp_path.iterdir())
+
     def test_the_seed_and_the_temperature(self, folder):
         again = [shown(folder, seed=3)[1] for _ in range(2)]
         assert again[0] == again[1] != shown(folder, seed=4)[1]

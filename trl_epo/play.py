@@ -2,8 +2,10 @@
 
 from collections.abc import Callable, Sequence
 from contextlib import closing
+from copy import copy
 from functools import partial
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import gymnasium
@@ -104,14 +106,16 @@ def play(
         model = str(model)
         if Path(model, ADAPTER_CONFIG).exists():
             model = AutoPeftModelForCausalLM.from_pretrained(model)
-    trainer = EPOTrainer(
-        model,
-        args=args or EPOConfig("play"),
-        train_dataset=Dataset.from_list([row or {"prompt": []}]),
-        environment_factory=environment_factory,
-        **kwargs,
-    )
-    return play_row(trainer, row or {}, seed, temperature, show)
+    args = copy(args or EPOConfig("play"))
+    with TemporaryDirectory(prefix="trl_epo_play_") as args.output_dir:  # a trainer makes this folder
+        trainer = EPOTrainer(
+            model,
+            args=args,
+            train_dataset=Dataset.from_list([row or {"prompt": []}]),
+            environment_factory=environment_factory,
+            **kwargs,
+        )
+        return play_row(trainer, row or {}, seed, temperature, show)
 
 
 def play_row(
