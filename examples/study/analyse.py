@@ -35,7 +35,9 @@ PRIMARY = success_at(TEMPERATURES[0])
 
 @dataclass
 class AnalysisArguments:
-    files: list[str] | None = field(default=None, metadata={"help": "Of rows; by default results/*.jsonl."})
+    files: list[str] | None = field(
+        default=None, metadata={"help": "Of rows; by default results/PHASE.jsonl of all phases but the pilot."}
+    )
     output_dir: str = field(default=str(HERE / "report"), metadata={"help": "For report.md and the figures."})
     mixed_commits: bool = field(default=False, metadata={"help": "Take rows of different commits together."})
 
@@ -297,8 +299,8 @@ def write_report(rows: Sequence[Row], folder: Path) -> Path:
 
 def main() -> None:
     (script,) = HfArgumentParser(AnalysisArguments).parse_args_into_dataclasses()
-    files = [Path(name) for name in script.files or sorted(map(str, (HERE / "results").glob("*.jsonl")))]
-    rows = [row for file in files for row in read_rows(file)]
+    files = script.files or [HERE / "results" / f"{phase}.jsonl" for phase in PHASES if phase != "pilot"]
+    rows = [row for file in files for row in read_rows(Path(file))]
     print(write_report(checked(rows, script.mixed_commits), Path(script.output_dir)))
 
 

@@ -87,13 +87,14 @@ class Run:
     def warm_folder(self) -> Path:
         """Holds the warm start, which all arms of a seed share."""
         regime = asdict(self.regime)
-        shared = {name: regime[name] for name in ("rooms", "turns", "panel_rows")}
+        shared = {name: regime[name] for name in ("rooms", "chores", "turns", "panel_rows")}
         shared |= {name: value for name, value in regime.items() if name.startswith("warm_up")}
         return self.output_dir / "warm" / f"{self.seed}-{_digest(shared, self.commit)}"
 
     def rows(self, what: int, split: str, size: int) -> Dataset:
         """Rows of the game for a purpose of this number, the same for all arms of a seed."""
-        knobs = {"rooms": self.regime.rooms, "turns": self.regime.turns}
+        regime = self.regime
+        knobs = {"rooms": regime.rooms, "chores": regime.chores, "turns": regime.turns}
         return household.tasks(split, size, **knobs, seed=10 * self.seed + what)
 
     def config(self, **settings) -> EPOConfig:

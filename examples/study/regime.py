@@ -16,6 +16,7 @@ REGISTERED = Path(__file__).parent / "regime.yaml"
 @dataclass(frozen=True)
 class Regime:
     rooms: int = field(default=2, metadata={"help": "Rooms of a house."})
+    chores: int = field(default=1, metadata={"help": "Things to bring somewhere in an episode."})
     turns: int = field(default=20, metadata={"help": "Turns of an episode at most."})
     warm_up_episodes: int = field(default=3000, metadata={"help": "Expert episodes to imitate, each once."})
     warm_up_noise: float = field(default=0.3, metadata={"help": "Share of mistakes in these."})

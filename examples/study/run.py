@@ -27,13 +27,15 @@ from trl import TrlParser
 
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
-# What decides how a run comes out. Rows, figures and the plan's words may be committed while the study runs.
+# What decides, besides the regime and the settings in its row, how a run comes out …
 CODE = [
     "trl_epo",
     "examples/quickstart.py",
     "examples/shared.py",
-    *(f"examples/study/{name}.py" for name in ("one_run", "plan", "regime", "rows", "run")),
+    *(f"examples/study/{name}.py" for name in ("one_run", "regime", "rows", "run")),
 ]
+# … and where those are from. Both have to be committed; all else may change while the study runs.
+PLAN = [f"examples/study/{name}" for name in ("plan.py", "regime.yaml", "tuned.yaml")]
 PACKAGES = ("torch", "transformers", "trl", "accelerate", "tokenizers", "datasets", "numpy")
 
 
@@ -50,17 +52,18 @@ class StudyArguments:
 
 def commit_of_code() -> str:
     """
-    The last commit that changed the code of a run; `+` after it if there are changes that are not committed, and `unknown`
-    outside of a repository.
+    The last commit that changed the code of a run; with a `+` if that code, or the plan's data, has changes that are not
+    committed, and `unknown` outside of a repository.
     """
     if not (ROOT / ".git").exists():
         return "unknown"
 
     def git(*arguments: str) -> str:
-        command = ["git", "-C", str(ROOT), *arguments, "--", *CODE]
+        command = ["git", "-C", str(ROOT), *arguments]
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
 
-    return git("log", "-1", "--format=%H") + ("+" if git("status", "--porcelain") else "")
+    changes = git("status", "--porcelain", "--", *CODE, *PLAN)
+    return git("log", "-1", "--format=%H", "--", *CODE) + ("+" if changes else "")
 
 
 def versions() -> dict[str, str]:
@@ -93,7 +96,9 @@ def planned(script: StudyArguments, regime: Regime) -> list[Run]:
         if others := sorted({*arms} - {*phase.arms}) + sorted({*seeds} - {*phase.seeds}):
             raise ValueError(f"{others} are not in phase {script.phase!r} of the plan.")
         if commit.endswith("+") or commit == "unknown":
-            raise ValueError(f"The code's commit is {commit!r}, but a registered run needs code that is committed.")
+            raise ValueError(
+                f"The code's commit is {commit!r}, but a registered run needs code and a plan that are committed."
+            )
         regime = registered_regime()
     return [
         Run(script.phase, arm, seed, regime, arm_settings(arm, regime), commit, Path(script.output_dir))

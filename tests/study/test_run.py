@@ -1,6 +1,7 @@
 """The study's runner on a minuscule regime, with the real game, warm-up and trainer."""
 
 import json
+import math
 import signal
 import subprocess
 import sys
@@ -124,6 +125,25 @@ def test_what_went_wrong(history, error, found):
     assert what_went_wrong(history, error, {"success_at_0.4": 0.1, "success_at_1": 0.1}, 1024) == found
 
 
+def test_a_curve_has_no_nan():
+    """JSON has none; the steps of evaluations are not training's."""
+    history = [{"loss": 0.0, "step": 2, "grad_norm": math.nan, "epo/entropy": 0.1234567}, *log(1.0, 0.1)[1:]]
+    curve = one_run.curve_of(history)
+    assert (curve["step"], curve["gradient_norm"], curve["success"]) == ([2], [None], [None])
+    assert curve["entropy"] == [0.12346]
+
+
+def test_other_settings_or_code_do_not_go_on_from_a_checkpoint(tmp_path):
+    runs = [
+        Run("pilot", "grpo", 0, regime, {"entropy_coef": coef}, commit, tmp_path)
+        for regime in (Regime(), Regime(learning_rate=1e-4))
+        for coef in (0.0, 0.1)
+        for commit in ("abc", "def")
+    ]
+    assert len({each.folder for each in runs}) == 8
+    assert len({each.warm_folder for each in runs}) == 2
+
+
 @pytest.fixture
 def chosen(tmp_path):
     file = tmp_path / "tuned.yaml"
@@ -206,7 +226,7 @@ def test_a_registered_phase_takes_no_flags_and_no_changed_code(monkeypatch):
     with pytest.raises(ValueError, match="'turns'.* for the pilot only"):
         run.planned(run.StudyArguments("main"), Regime(turns=9))
     monkeypatch.setattr(run, "commit_of_code", lambda: "abc+")
-    with pytest.raises(ValueError, match="code that is committed"):
+    with pytest.raises(ValueError, match="code and a plan that are committed"):
         run.planned(run.StudyArguments("main"), Regime())
 
 
@@ -216,6 +236,31 @@ def test_rows_of_other_code_are_not_continued(tmp_path):
     file.write_text(json.dumps(row) + "\n")
     with pytest.raises(ValueError, match="rows of commit abc, but the code is at def"):
         run.left_to_do([Run("main", "grpo", 0, Regime(), {}, "def", tmp_path)], file)
+
+
+def test_the_commit_is_that_of_the_code(tmp_path, monkeypatch):
+    """Rows may be committed while the study runs; what decides a run has to be committed."""
+    monkeypatch.setattr(run, "ROOT", tmp_path)
+    assert run.commit_of_code() == "unknown"
+
+    def commit(file: str) -> None:
+        (tmp_path / file).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / file).write_text(file)
+        who = ["-c", "user.name=a", "-c", "user.email=a@example.org"]
+        for command in (["add", "--all"], [*who, "commit", "--quiet", "--message", file]):
+            subprocess.run(["git", "-C", str(tmp_path), *command], check=True)
+
+    subprocess.run(["git", "init", "--quiet", str(tmp_path)], check=True)
+    commit("trl_epo/trainer.py")
+    first = run.commit_of_code()
+    assert len(first) == 40
+    commit("examples/study/tuned.yaml")
+    commit("examples/study/results/main.jsonl")
+    assert run.commit_of_code() == first
+    (tmp_path / "examples/study/tuned.yaml").write_text("bonus: 3")
+    assert run.commit_of_code() == f"{first}+"
+    commit("examples/study/one_run.py")
+    assert run.commit_of_code() not in (first, f"{first}+")
 
 
 @pytest.mark.parametrize("fields", [{"steps": 30, "evaluate_every": 20}, {"episodes": 60, "group": 8}])
