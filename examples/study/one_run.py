@@ -201,7 +201,7 @@ def warm_start(run: Run) -> dict[str, float]:
     tokenizer = make_tokenizer(game_text(env, rows))
     unfinished = run.warm_folder.with_name(run.warm_folder.name + ".unfinished")
     shutil.rmtree(unfinished, ignore_errors=True)
-    trainer = _trainer(run, make_model(tokenizer), tokenizer, rows, run.config(output_dir=str(unfinished)))
+    trainer = _trainer(run, make_model(tokenizer), tokenizer, rows, run.config(output_dir=str(unfinished), beta=0.0))
     warm_up(
         trainer,
         expert_episodes(trainer, rows, noise=noise),

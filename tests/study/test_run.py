@@ -29,6 +29,7 @@ TINY = {
     "steps": 4,
     "episodes": 8,
     "group": 4,
+    "kl_weight": 0.01,
     "panel_rows": 3,
     "evaluate_every": 2,
     "log_every": 1,
