@@ -37,6 +37,7 @@ EXTRAS = {
 }
 EXTRAS["dev"] = [
     *EXTRAS["scienceworld"],
+    *EXTRAS["textarena"],
     *EXTRAS["plot"],
     "hypothesis",
     "import-linter",
