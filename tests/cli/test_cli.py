@@ -458,6 +458,13 @@ class TestConfigs:
         assert args.eval_temperature == 0.4
         assert args.per_device_eval_batch_size % 8 == 0  # docs/paper.md: --num_generations_eval 8 for pass@k
 
+    @pytest.mark.parametrize("environment", ["openenv", "textarena"])
+    def test_rows_by_seed(self, environment):
+        flags = ["--config", str(CONFIGS / f"{environment}-small.yaml"), "--model_name_or_path", "m"]
+        script, *_ = parse("train", flags)
+        assert len(script.rows(script.train_split, script.train_size)) == 2000
+        assert {len(rows) for rows in script.panels().values()} == {64}
+
     def test_the_papers_batch(self):
         for path in (*CONFIGS.glob("*-7b-*.yaml"), *CONFIGS.glob("*-3b-*.yaml")):
             _, args, _ = parse("train", ["--config", str(path)])

@@ -1,9 +1,14 @@
+import re
+from pathlib import Path
+
 import gymnasium
 import pytest
 from conftest import Corridor
 
 from trl_epo import check_env
+from trl_epo.envs.base import WRAPPER
 from trl_epo.envs.household import Household
+from trl_epo.rollouts.environment_pool import make_environment_pool
 
 
 @pytest.mark.parametrize("env", [Corridor(), Household()])
@@ -87,6 +92,44 @@ def test_factories_and_other_things():
         check_env(Corridor)
     with pytest.raises(ValueError, match="must be a `gymnasium.Env`"):
         check_env({})
+
+
+class Alike:
+    """Talks like gymnasium's environments, and is none of them."""
+
+    def reset(self, seed=None):
+        return "Say stop.", {"suffix": ""}
+
+    def step(self, action):
+        stops = action == "stop"
+        return "You have stopped." if stops else "Say stop.", float(stops), stops, False, {"suffix": ""}
+
+
+class ToolNamedStep:
+    """TRL's kind of environment."""
+
+    def reset(self, **row):
+        return "Walk."
+
+    def step(self, to: str) -> str:
+        """Walk."""
+        return "Well done."
+
+
+def test_what_only_talks_like_gymnasium(caplog):
+    for refuse in (lambda: check_env(Alike()), lambda: make_environment_pool(Alike)):
+        with pytest.raises(
+            ValueError, match=r"Alike is no `gymnasium.Env`(?s:.*)ProcessEnv(?s:.*)    class Wrapped\(TextEnv\):"
+        ):
+            refuse()
+    names = {"make": Alike}
+    exec(WRAPPER, names)
+    env = names["Wrapped"]()
+    check_env(env)
+    assert (env.reset()[0], env.step("stop")[1:]) == ("Say stop.", (1.0, True, False, {"suffix": "", "success": True}))
+    assert make_environment_pool(ToolNamedStep) is None
+    page = (Path(__file__).parents[2] / "docs" / "environments.md").read_text()
+    assert re.sub("\n+", "\n", WRAPPER) in re.sub("\n+", "\n", page)
 
 
 class Told(Corridor):

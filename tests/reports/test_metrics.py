@@ -14,8 +14,9 @@ def summary(
     late=0,
     cut=0,
     cut_thoughts=0,
+    environment=None,
 ):
-    cut = {"num_cut_observations": cut, "num_cut_thoughts": cut_thoughts}
+    cut = {"num_cut_observations": cut, "num_cut_thoughts": cut_thoughts, "environment": environment}
     return EpisodeSummary(task, success, episode_return, num_turns, invalid, late, stop, **cut)
 
 
@@ -51,6 +52,14 @@ def test_hand_worked():
 def test_no_success_told_and_one_task():
     assert "episode/success_rate" not in episode_metrics([summary()])
     assert "episode/success_rate/heat" not in episode_metrics([summary(True, "heat")])
+
+
+def test_several_environments():
+    played = [(True, "house"), (False, "house"), (True, "lake"), (None, "lake"), (True, None)]
+    metrics = episode_metrics([summary(success, environment=environment) for success, environment in played])
+    assert metrics["episode/success_rate_in/house"] == 0.5
+    assert metrics["episode/success_rate_in/lake"] == 1.0
+    assert not [name for name in episode_metrics([summary(True, environment="house")]) if "rate_in" in name]
 
 
 def test_nothing():

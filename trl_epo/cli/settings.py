@@ -24,11 +24,13 @@ class BuiltIn(NamedTuple):
     tasks: str
 
 
-# Each knows the splits "train", "iid" and "ood".
+# Each knows the splits "train", "iid" and, but for OpenEnv, "ood".
 ENVIRONMENTS = {
     "household": BuiltIn("trl_epo.envs.household:Household", "trl_epo.envs.household:tasks"),
     "scienceworld": BuiltIn("trl_epo.envs.scienceworld:ScienceWorld", "trl_epo.envs.scienceworld:tasks"),
     "alfworld": BuiltIn("trl_epo.envs.alfworld:AlfWorld", "trl_epo.envs.alfworld:tasks"),
+    "textarena": BuiltIn("trl_epo.envs.textarena:TextArena", "trl_epo.envs.textarena:tasks"),
+    "openenv": BuiltIn("trl_epo.envs.openenv:OpenEnv", "trl_epo.envs.openenv:tasks"),
 }
 
 
@@ -39,8 +41,8 @@ class ScriptArguments:
 
     Parameters:
         environment (`str`):
-            `"household"`, `"scienceworld"`, `"alfworld"`, or `"module:attribute"`: something that makes an environment
-            when called. Modules are looked for in the working directory too.
+            `"household"`, `"scienceworld"`, `"alfworld"`, `"textarena"`, `"openenv"`, or `"module:attribute"`: something that
+            makes an environment when called. Modules are looked for in the working directory too.
         environment_kwargs (`dict` or `str`, *optional*):
             Keyword arguments of the environment (on the command line as JSON).
         tasks (`str`, *optional*):
@@ -65,7 +67,9 @@ class ScriptArguments:
     """
 
     environment: str = field(
-        metadata={"help": "'household', 'scienceworld', 'alfworld', or 'module:attribute' of your own."}
+        metadata={
+            "help": "'household', 'scienceworld', 'alfworld', 'textarena', 'openenv', or 'module:attribute' of your own."
+        }
     )
     environment_kwargs: dict | str | None = field(
         default=None, metadata={"help": "Keyword arguments of the environment, as JSON."}
@@ -133,7 +137,7 @@ class ScriptArguments:
             if not isinstance(environment, gymnasium.Env):
                 raise UsageError(
                     f"{wrong} gives a {type(environment).__name__}. Name what makes a `gymnasium.Env`, such as a class "
-                    "of your own that inherits from `trl_epo.envs.TextEnv`."
+                    "of your own that inherits from `trl_epo.envs.TextEnv`; `trl_epo.check_env` shows how to wrap another's."
                 )
             return environment
 

@@ -1,6 +1,8 @@
 """The text-environment contract: a `gymnasium.Env` whose observations and actions are text."""
 
+import random
 import string
+import textwrap
 from typing import Any
 
 import gymnasium
@@ -10,6 +12,22 @@ from gymnasium.spaces import Text
 MAX_OBSERVATION_LENGTH = 100_000  # characters
 MAX_ACTION_LENGTH = 1_000  # characters
 MAX_REWARD = 3.4e38  # what float32 can hold
+
+
+# For an object that talks as gymnasium's environments do but is none
+WRAPPER = """\
+from trl_epo.envs import TextEnv
+
+class Wrapped(TextEnv):
+    instructions = "What this is, the commands with an example, the form of an answer."
+    def __init__(self):
+        self.env = make()  # what makes the environment
+    def reset(self, *, seed=None, options=None):
+        return self.env.reset(seed=seed)
+    def step(self, action):
+        observation, reward, terminated, truncated, info = self.env.step(action)
+        return observation, reward, terminated, truncated, {**info, "success": reward == 1}
+"""
 
 
 class EnvironmentDied(RuntimeError):
@@ -64,6 +82,43 @@ class TextEnv(gymnasium.Env[str, str]):
     observation_space = Text(max_length=MAX_OBSERVATION_LENGTH, min_length=0, charset=string.printable)
     action_space = Text(max_length=MAX_ACTION_LENGTH, min_length=0, charset=string.printable)
     instructions: str | None = None
+
+
+def looks_like_gymnasium(env: Any) -> bool:
+    """
+    Whether an object has gymnasium's `step`, and a `reset` that answers `(observation, info)`, but is no `gymnasium.Env`, like
+    GEM's environments. It is reset, if it has a `step`.
+    """
+    if isinstance(env, gymnasium.Env) or not callable(getattr(env, "step", None)):
+        return False
+    try:
+        answer = env.reset(seed=0)
+    except Exception:
+        return False
+    return isinstance(answer, tuple) and len(answer) == 2 and isinstance(answer[1], dict)
+
+
+def how_to_wrap(env: Any) -> str:
+    """What to do with an object that looks like gymnasium's environments but is none."""
+    return (
+        f"{type(env).__name__} is no `gymnasium.Env`. If its `step` gives `(observation, reward, terminated, truncated, info)`, wrap "
+        "it, in a `ProcessEnv` if it uses the global random numbers (trl_epo.envs.process):\n\n"
+        f"{textwrap.indent(WRAPPER, '    ')}"
+    )
+
+
+def seeds_of(split: str, size: int, seed: int) -> list[int]:
+    """
+    `size` reset seeds of a split, all different, drawn with `seed`: for environments that make an episode from any seed.
+    `"train"` and `"iid"` have none in common.
+
+    Raises:
+        ValueError: If the split is another one.
+    """
+    first = {"train": 0, "iid": 2**30}
+    if split not in first:
+        raise ValueError(f"unknown split {split!r}: expected 'train' or 'iid'")
+    return [first[split] + number for number in random.Random(seed).sample(range(2**30), size)]
 
 
 def instructions_of(env: gymnasium.Env) -> str | None:

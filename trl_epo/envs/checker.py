@@ -7,7 +7,7 @@ from typing import Any
 import gymnasium
 
 from ..text import printable
-from .base import InvalidAnswer, check_reset, check_step, instructions_of
+from .base import InvalidAnswer, check_reset, check_step, how_to_wrap, instructions_of, looks_like_gymnasium
 
 
 logger = logging.getLogger(__name__)
@@ -36,6 +36,8 @@ def check_env(env: gymnasium.Env, options: dict[str, Any] | None = None) -> None
     if isinstance(env, type) or (callable(env) and not isinstance(env, gymnasium.Env)):
         raise ValueError(f"`env` is {env!r}, but must be an environment, not the thing that makes one. Call it first.")
     if not isinstance(env, gymnasium.Env):
+        if looks_like_gymnasium(env):
+            raise ValueError(how_to_wrap(env))
         raise ValueError(
             f"`env` is a {type(env).__name__}, but must be a `gymnasium.Env`. Derive it from `trl_epo.envs.TextEnv`."
         )

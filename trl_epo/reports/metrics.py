@@ -12,8 +12,8 @@ def episode_metrics(summaries: Sequence[EpisodeSummary]) -> dict[str, float]:
 
     Returns:
         `dict[str, float]`:
-            `episode/success_rate` and, with several tasks, `episode/success_rate/<task>` (fractions of the episodes
-            whose environment tells); `episode/return` (mean undiscounted return, without penalties); `episode/turns`
+            `episode/success_rate` and, with several tasks, `episode/success_rate/<task>` and, with several environments,
+            `episode/success_rate_in/<environment>` (fractions of the episodes whose environment tells); `episode/return` (mean undiscounted return, without penalties); `episode/turns`
             (mean); `episode/invalid_actions` (fraction of actions); `episode/cut_thoughts` (fraction of actions whose
             text ends within a thought); `episode/cut_turns` (fraction of actions that a limit on tokens cut); `episode/late_answers` (mean number of answers that generation did not wait
             for); `episode/cut_observations` (mean number of observations that were too long); `episode/stop/<reason>`
@@ -26,13 +26,8 @@ def episode_metrics(summaries: Sequence[EpisodeSummary]) -> dict[str, float]:
     judged = [summary for summary in played if summary.success is not None]
     if judged:
         metrics["episode/success_rate"] = _mean([summary.success for summary in judged])
-        by_task = defaultdict(list)
-        for summary in judged:
-            if summary.task is not None:
-                by_task[summary.task].append(summary.success)
-        if len(by_task) > 1:
-            for task in sorted(by_task):
-                metrics[f"episode/success_rate/{task}"] = _mean(by_task[task])
+        metrics |= _success_by("task", judged, "episode/success_rate/")
+        metrics |= _success_by("environment", judged, "episode/success_rate_in/")
     if played:
         metrics["episode/return"] = _mean([summary.episode_return for summary in played])
         metrics["episode/turns"] = _mean([summary.num_turns for summary in played])
@@ -45,6 +40,15 @@ def episode_metrics(summaries: Sequence[EpisodeSummary]) -> dict[str, float]:
     for reason in StopReason:
         metrics[f"episode/stop/{reason.value}"] = _mean([s.stop_reason is reason for s in summaries])
     return metrics
+
+
+def _success_by(attribute: str, summaries: Sequence[EpisodeSummary], prefix: str) -> dict[str, float]:
+    """The success rate of each task or environment, if there are several."""
+    outcomes = defaultdict(list)
+    for summary in summaries:
+        if (name := getattr(summary, attribute)) is not None:
+            outcomes[name].append(summary.success)
+    return {prefix + name: _mean(outcomes[name]) for name in sorted(outcomes)} if len(outcomes) > 1 else {}
 
 
 def _mean(values: Sequence[float]) -> float:

@@ -13,7 +13,7 @@ from typing import Any
 
 import gymnasium
 
-from ..envs.base import check_reset, check_step, instructions_of
+from ..envs.base import check_reset, check_step, how_to_wrap, instructions_of, looks_like_gymnasium
 from ..text import MAX_FAILURE_LENGTH, printable, set_apart, taken_in
 from .failures import EnvironmentTimeout
 
@@ -227,20 +227,33 @@ class EnvironmentPool:
 def make_environment_pool(
     factory: EnvironmentFactory | dict[str, EnvironmentFactory] | None, timeout: float = math.inf
 ) -> EnvironmentPool | None:
-    """A pool if the factories make text environments, `None` if there are none or they make TRL's tool environments."""
+    """
+    A pool if the factories make text environments, `None` if there are none or they make TRL's tool environments.
+
+    Raises:
+        ValueError: If there are both kinds, or one is no `gymnasium.Env` but talks like one.
+    """
     if factory is None:
         return None
     pool = EnvironmentPool(factory, timeout)
     kinds = {}
-    for name in pool.names:
-        worker = pool.take(name)
-        kinds[name] = pool.wait_for(worker.call(lambda env: isinstance(env, gymnasium.Env)))
-        pool.give_back(name, worker)
-    if not all(kinds.values()):
-        pool.close()
+    try:
+        for name in pool.names:
+            worker = pool.take(name)
+            pool.give_back(name, worker)
+            kinds[name] = pool.wait_for(worker.call(_is_text_environment))
+    finally:
+        if not all(kinds.values()) or len(kinds) < len(pool.names):
+            pool.close()
     if len(set(kinds.values())) > 1:
         raise ValueError(
             f"`environment_factory` mixes text environments and TRL tool environments: {kinds} (True: a "
             "`gymnasium.Env`). Use one kind in a run."
         )
     return pool if all(kinds.values()) else None
+
+
+def _is_text_environment(env: Any) -> bool:
+    if looks_like_gymnasium(env):
+        raise ValueError(f"`environment_factory` would make TRL tool environments: {how_to_wrap(env)}")
+    return isinstance(env, gymnasium.Env)

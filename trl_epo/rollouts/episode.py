@@ -163,6 +163,7 @@ class EpisodeSummary:
 
     Args:
         row (`int`): Which group of the generation batch, or which row of the panel, it is an episode of.
+        environment (`str` or `None`): Which of several environments it was played in.
     """
 
     task: str | None
@@ -176,6 +177,7 @@ class EpisodeSummary:
     num_cut_observations: int = 0
     num_cut_thoughts: int = 0
     num_cut_turns: int = 0
+    environment: str | None = None
 
     @classmethod
     def of(cls, episode: Episode, row: int = 0) -> "EpisodeSummary":
@@ -191,6 +193,7 @@ class EpisodeSummary:
             num_cut_observations=episode.num_cut_observations,
             num_cut_thoughts=episode.num_cut_thoughts,
             num_cut_turns=sum(turn.cut for turn in episode.turns),
+            environment=episode.environment,
         )
 
     def as_json(self) -> dict[str, Any]:
