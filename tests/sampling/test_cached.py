@@ -25,6 +25,7 @@ from transformers import (
     Qwen2Config,
 )
 
+from trl_epo.sampling import memory
 from trl_epo.sampling.cached import _draw, unfit_for_cached_sampler
 from trl_epo.sampling.kv_cache import EpisodeCache
 from trl_epo.sampling.processors import make_logits_processors
@@ -129,26 +130,36 @@ def test_any_mixture_of_episodes_equals_reading_the_transcript_again(num_turns, 
     assert play(model, num_turns, prompts, max_concurrent, seed) < 1e-4
 
 
-@pytest.mark.parametrize(
-    "make_config",
-    [
-        lambda **sizes: Gemma3TextConfig(**sizes, head_dim=8, sliding_window=6),  # local and global layers
-        lambda **sizes: MistralConfig(**sizes, sliding_window=6),
-        lambda **sizes: Qwen2Config(**sizes),
-        lambda **sizes: LlamaConfig(**sizes, attn_implementation="eager"),
-        lambda **sizes: GPT2Config(vocab_size=50, n_embd=32, n_layer=2, n_head=4),  # learnt positions
-    ],
-    ids=["gemma3", "mistral", "qwen2", "eager", "gpt2"],
-)
-def test_other_architectures(make_config):
+ARCHITECTURES = {
+    "gemma3": lambda **sizes: Gemma3TextConfig(**sizes, head_dim=8, sliding_window=6),  # local and global layers
+    "mistral": lambda **sizes: MistralConfig(**sizes, sliding_window=6),
+    "qwen2": lambda **sizes: Qwen2Config(**sizes),
+    "eager": lambda **sizes: LlamaConfig(**sizes, attn_implementation="eager"),
+    "gpt2": lambda **sizes: GPT2Config(vocab_size=50, n_embd=32, n_layer=2, n_head=4),  # learnt positions
+}
+
+
+@pytest.mark.parametrize("kind", ARCHITECTURES)
+def test_other_architectures(kind, monkeypatch):
     torch.manual_seed(0)
     sizes = {"vocab_size": 50, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 7}
     sizes |= {"num_attention_heads": 4, "num_key_value_heads": 2, "bos_token_id": None, "eos_token_id": 2}
-    model = AutoModelForCausalLM.from_config(make_config(**sizes)).eval()
+    model = AutoModelForCausalLM.from_config(ARCHITECTURES[kind](**sizes)).eval()
     assert unfit_for_cached_sampler(model, longest_context=128) is None
     rng = random.Random(1)
     prompts = [rng.choices(range(3, 50), k=k) for k in (7, 20, 3)]
     assert play(model, [6, 3, 5], prompts, max_concurrent=2) < 1e-4
+    # the same in many small pieces
+    monkeypatch.setattr(memory, "PIECE_BYTES", 1)
+    monkeypatch.setattr(memory, "FEWEST_TOKENS", 3)
+    assert play(model, [6, 3, 5], prompts, max_concurrent=2) < 1e-4
+    # and what the arithmetic says of the cache
+    cached = sampler(model, LogitsProcessorList([Greedy()]))
+    sample(cached, {0: [5, 6], 1: [7]}, limit=1)
+    layers = cached._cache.layers
+    assert cached._footprint.cached == sum(
+        layer.keys[0, :, 0].nbytes + layer.values[0, :, 0].nbytes for layer in layers
+    )
 
 
 def test_a_prompt_is_read_once_for_its_group(model):
@@ -192,6 +203,43 @@ def test_padding_is_not_read_when_lengths_differ_much(model):
         greedy = sampler(model, LogitsProcessorList([Greedy()]))
         sample(greedy, {0: [5] * 900, 1: [6] * 30, 2: [7] * 25}, limit=1)
         assert read == [(1, 899), (2, 29), (3, 1)]
+
+
+def test_what_is_read_at_once_is_bounded(model, monkeypatch):
+    greedy = sampler(model, LogitsProcessorList([Greedy()]))
+    footprint = greedy._footprint
+    # Two contexts of 41 tokens, and half as much for 10 tokens of each of them
+    bound = 2 * 2 * 41 * footprint.attended
+    monkeypatch.setattr(memory, "PIECE_BYTES", bound)
+    monkeypatch.setattr(memory, "FEWEST_TOKENS", 1)
+    with shapes_read(model) as read:
+        sample(greedy, {0: [5], 1: [6], 2: [7]}, limit=1)
+        read.clear()
+        long = {0: [8] * 39, 1: [9] * 39, 2: [10] * 30}
+        sample(greedy, long, limit=1)
+    assert {rows for rows, _ in read} == {2, 1}
+    assert sum(rows * tokens for rows, tokens in read) == 40 * 2 + 31  # with the token that each has sampled
+    for rows, tokens in read:
+        assert rows * (41 * footprint.attended + tokens * (footprint.read + 41 * footprint.pair)) <= bound
+    assert len(read) < 40  # as many as fit, not one by one
+
+
+def test_requests_that_take_as_much_memory_as_they_are_asked_for(model, monkeypatch):
+    footprint = memory.Footprint(cached=10, attended=2, read=3, pair=1)
+    # A request of 4 tokens and 6 new ones: 10 tokens kept, 4 read, 16 pairs
+    monkeypatch.setattr(memory, "PIECE_BYTES", 2 * (10 * 10 + 4 * (2 + 3) + 16))
+    assert footprint.requests([1, 4, 1, 3, 9], max_new_tokens=6) == [[4], [1, 3], [0, 2]]
+    assert footprint.requests([4, 4], max_new_tokens=6) == [[0, 1]]
+    asked = []
+
+    def generate(prompts, max_new_tokens):
+        asked.append(prompts)
+        return [[prompt[0] + 10] for prompt in prompts], None
+
+    requests = RequestTurnSampler(generate, footprint.requests)
+    samples = sample(requests, {0: [1], 1: [2] * 4, 2: [3], 3: [4] * 9}, limit=6)
+    assert asked == [[[4] * 9], [[1], [2] * 4], [[3]]]
+    assert {episode: turn.token_ids for episode, turn in samples.items()} == {0: [11], 1: [12], 2: [13], 3: [14]}
 
 
 def test_after_turns_were_added_the_others_have_missed_nothing(model):

@@ -7,6 +7,7 @@ each turn anew (vLLM).
 """
 
 from .cached import CachedTurnSampler, unfit_for_cached_sampler
+from .memory import Footprint
 from .processors import make_logits_processors
 from .requests import RequestTurnSampler
 from .turns import Sample, TurnSampler
@@ -14,6 +15,7 @@ from .turns import Sample, TurnSampler
 
 __all__ = [
     "CachedTurnSampler",
+    "Footprint",
     "RequestTurnSampler",
     "Sample",
     "TurnSampler",

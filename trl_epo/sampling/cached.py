@@ -10,12 +10,12 @@ from transformers import LogitsProcessorList, PreTrainedModel
 
 from ..batches import length_groups
 from .kv_cache import EpisodeCache
+from .memory import Footprint
 from .processors import READS_HISTORY
 from .turns import Sample
 
 
 FORWARD_OVERHEAD = 128  # a forward of its own costs about as much as this many padded tokens in a shared one
-MAX_FORWARD_TOKENS = 16_384  # in one forward, padding included; bounds the memory of long prompts
 
 
 def unfit_for_cached_sampler(model: PreTrainedModel, longest_context: float) -> str | None:
@@ -64,6 +64,11 @@ class _Row:
     logprobs: list[float] = field(default_factory=list)
     entropies: list[float] = field(default_factory=list)
 
+    @property
+    def num_unread(self) -> int:
+        """How many tokens are not in the cache yet."""
+        return len(self.tokens) - self.num_cached
+
     def has_cached(self, prefix: list[int]) -> bool:
         """Whether its first tokens in the cache are these."""
         return self.num_cached >= len(prefix) and self.tokens[: len(prefix)] == prefix
@@ -110,6 +115,9 @@ class CachedTurnSampler:
         one_kind = "full_attention" if self._sliding_window is None else "sliding_attention"
         self._layer_kinds = set(getattr(config, "layer_types", None) or [one_kind])
         self._mask_dtype = model.dtype if config._attn_implementation == "eager" else torch.bool
+        kind = self.device.type
+        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else model.dtype
+        self._footprint = Footprint.of(config, dtype)
         self._cache = EpisodeCache(config.num_hidden_layers, self.device)
         self._rows: list[_Row] = []  # by place
         self._asked: list[_Row] = []  # have new tokens that are still to be read
@@ -168,7 +176,7 @@ class CachedTurnSampler:
         finished = []
         if asked:
             self._idle_steps = 0
-        for rows in _groups(asked, [len(row.tokens) - row.num_cached for row in asked]):
+        for rows in _groups(asked, [row.num_unread for row in asked]):
             logits = self._read(rows)
             self._running += rows
             finished += self._sample(rows, logits)
@@ -213,7 +221,27 @@ class CachedTurnSampler:
             self._cache.resize(num_left)
 
     def _read(self, rows: list[_Row], leave: int = 0) -> Tensor:
-        """Put the rows' tokens that are not cached yet, less the last `leave`, into the cache; logits (rows, vocabulary)."""
+        """
+        Put the rows' tokens that are not cached yet, less the last `leave`, into the cache, in pieces of bounded memory;
+        logits (rows, vocabulary).
+        """
+        context = max(len(row.tokens) for row in rows) - leave
+        num_rows, num_tokens = self._footprint.piece(len(rows), context)
+        width = max(row.num_unread for row in rows) - leave
+        if width == 1:  # nothing is repeated, and next to nothing taken out of the cache
+            return self._forward(rows, leave)
+        logits = []
+        for first in range(0, len(rows), num_rows):
+            together = rows[first : first + num_rows]
+            width = max(row.num_unread for row in together) - leave
+            for later in range((width - 1) // num_tokens * num_tokens, 0, -num_tokens):
+                longest = [row for row in together if row.num_unread > leave + later]
+                self._forward(longest, leave + later)
+            logits.append(self._forward(together, leave))
+        return torch.cat(logits)
+
+    def _forward(self, rows: list[_Row], leave: int) -> Tensor:
+        """The same in one forward."""
         new = {row.place: row.tokens[row.num_cached : len(row.tokens) - leave] for row in rows}
         width = max(map(len, new.values()))
         # The whole cache is a view, some of its rows are a copy: rows that do nothing come along if they are the fewer.
@@ -307,5 +335,5 @@ def _draw(probabilities: Tensor) -> Tensor:
 
 
 def _groups(rows: list[_Row], lengths: list[int]) -> list[list[_Row]]:
-    groups = length_groups(lengths, FORWARD_OVERHEAD, MAX_FORWARD_TOKENS)
+    groups = length_groups(lengths, FORWARD_OVERHEAD)
     return [[rows[index] for index in group] for group in groups]

@@ -36,6 +36,7 @@ from ..runs import (
 )
 from ..sampling import (
     CachedTurnSampler,
+    Footprint,
     RequestTurnSampler,
     TurnSampler,
     make_logits_processors,
@@ -395,7 +396,9 @@ class SeamedGRPOTrainer(FaultTolerantGRPOTrainer):
                     self.vllm_generation.sync_weights()
                     self._last_loaded_step = self.state.global_step
                 with nullcontext() if self.use_vllm else called_alone(self.model_wrapped):
-                    yield RequestTurnSampler(self._generate_request)
+                    # vLLM and continuous batching bound their cache themselves
+                    together = None if by_request else self._footprint.requests
+                    yield RequestTurnSampler(self._generate_request, together)
             finally:
                 self.model.train(was_training)
             return
@@ -434,6 +437,12 @@ class SeamedGRPOTrainer(FaultTolerantGRPOTrainer):
     def _causal_lm(self, model) -> PreTrainedModel:
         model = self.accelerator.unwrap_model(model)
         return model.get_base_model() if is_peft_model(model) else model
+
+    @property
+    def _footprint(self) -> Footprint:
+        model = self._causal_lm(self.model)
+        dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(self.accelerator.mixed_precision, model.dtype)
+        return Footprint.of(model.config.get_text_config(), dtype)
 
     def _generate_request(
         self, prompts: list[list[int]], max_new_tokens: int
