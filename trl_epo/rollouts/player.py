@@ -126,10 +126,11 @@ class EpisodePlayer:
             context_turns=args.context_turns,
             prompt_builder=prompt_builder or (build_prompt if windows else describe_turn),
         )
+        self._batch_size = args.per_device_train_batch_size * args.steps_per_generation  # of a process, in episodes
         self.limits = Limits(
             max_turns=args.max_turns,
             max_turn_length=args.max_turn_length,
-            max_concurrent_episodes=args.max_concurrent_episodes or math.inf,
+            max_concurrent_episodes=min(args.max_concurrent_episodes or math.inf, self._batch_size),
             patience=args.environment_patience,
             max_retries=args.env_max_retries,
             max_observation_length=args.max_observation_length,
@@ -150,22 +151,19 @@ class EpisodePlayer:
         self._begin("train")
 
     def begin_panel(self, rows) -> None:
-        """
-        Begin an evaluation set; what an evaluation that was interrupted has left is forgotten.
-
-        Raises:
-            ValueError: If the batches of the evaluation cannot hold whole groups.
-        """
-        batch_size = self._args.eval_batch_size * self._accelerator.num_processes
-        if batch_size % self._num_generations_eval:
-            raise ValueError(
-                f"An evaluation batch of {batch_size} episodes (`per_device_eval_batch_size` times the processes) "
-                f"cannot hold whole groups of {self._num_generations_eval}. Set `num_generations_eval` to a divisor "
-                "of it."
-            )
+        """Begin an evaluation set; what an evaluation that was interrupted has left is forgotten."""
         self._num_panel_rows = 0
         self._panel_size = len(rows) * self._num_generations_eval if has_length(rows) else sys.maxsize
         self._begin("eval")
+
+    @property
+    def panel_batch_size(self) -> int:
+        """
+        How many episodes of a panel a process is to be given for a batch: `per_device_eval_batch_size`, but as many as it
+        plays at once in training, in whole groups over all processes.
+        """
+        whole = self._num_generations_eval // math.gcd(self._num_generations_eval, self._accelerator.num_processes)
+        return max(max(self._args.eval_batch_size, self._batch_size) // whole, 1) * whole
 
     def _begin(self, mode: str) -> None:
         self.summaries[mode].clear()
