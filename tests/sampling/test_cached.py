@@ -254,14 +254,12 @@ def test_after_turns_were_added_the_others_have_missed_nothing(model):
 
 
 class TestDraw:
-    def test_never_a_token_of_probability_zero(self, monkeypatch):
+    def test_never_a_token_of_probability_zero(self):
         for number, token in ((0.0, 2), (1.0 - 1e-16, 3)):
-            monkeypatch.setattr(torch, "rand", lambda *size, value=number, **kwargs: torch.full(size, value, **kwargs))
-            assert _draw(torch.tensor([[0.0, 0.0, 0.25, 0.75, 0.0]])).tolist() == [[token]]
+            assert _draw(torch.tensor([[0.0, 0.0, 0.25, 0.75, 0.0]]), [number]).tolist() == [[token]]
 
     def test_rows_need_not_sum_to_one(self):
-        torch.manual_seed(0)
-        drawn = _draw(torch.tensor([[0.001, 0.003]]).expand(4000, 2))
+        drawn = _draw(torch.tensor([[0.001, 0.003]]).expand(4000, 2), torch.arange(4000).div(4000).tolist())
         assert float(drawn.float().mean()) == pytest.approx(0.75, abs=0.03)
 
     def test_a_model_that_diverged_is_an_error(self, model):
@@ -343,6 +341,33 @@ def test_same_seed_same_samples(model):
         return [sample(cached, {0: [5, 6], 1: [7]}, limit=5), sample(cached, {1: [9, 9]}, limit=5)]
 
     assert play() == play()
+
+
+@pytest.mark.parametrize("max_concurrent", [1, 3])
+def test_what_an_episode_samples_does_not_depend_on_how_many_are_played_at_once(model, max_concurrent):
+    def play(max_concurrent):
+        torch.manual_seed(3)
+        cached = sampler(model, make_logits_processors())
+        texts = {}
+        for first in range(0, 6, max_concurrent):
+            together = range(first, min(first + max_concurrent, 6))
+            turns = [sample(cached, {i: [i + 5, turn + 3] for i in together}, limit=4 + turn) for turn in range(3)]
+            texts |= {i: [turn[i].token_ids for turn in turns] for i in together}
+            for i in together:
+                cached.drop(i)
+        return texts
+
+    assert play(max_concurrent) == play(6)
+    assert len({str(text) for text in play(6).values()}) == 6
+
+
+def test_an_episode_that_is_played_again_samples_anew(model):
+    cached = sampler(model, make_logits_processors())
+    texts = []
+    for _ in range(2):
+        texts.append(sample(cached, {0: [5, 6]}, limit=20)[0].token_ids)
+        cached.drop(0)
+    assert texts[0] != texts[1]
 
 
 def test_temperature_may_be_a_whole_number(model):

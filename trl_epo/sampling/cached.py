@@ -1,6 +1,8 @@
 """The key/value cache kept across turns: a turn costs its new tokens only."""
 
 import inspect
+import random
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -57,12 +59,17 @@ class _Row:
 
     episode: int | None  # None: has ended
     tokens: list[int]  # all so far
+    numbers: random.Random  # of its own, so that what is sampled beside it changes nothing
+    number: float = field(init=False)  # draws its next token
     place: int = -1  # its row of the cache
     num_cached: int = 0  # how many tokens are in the cache
     room: int = 0  # tokens that this turn may still take
     token_ids: list[int] = field(default_factory=list)  # this turn's
     logprobs: list[float] = field(default_factory=list)
     entropies: list[float] = field(default_factory=list)
+
+    def __post_init__(self):
+        self.number = self.numbers.random()
 
     @property
     def num_unread(self) -> int:
@@ -80,7 +87,8 @@ class CachedTurnSampler:
 
     Turns are asked for and finished at any time. Those asked for meanwhile are read together, rows of like length in
     one forward; then all running turns are sampled token by token. Episodes that begin with the same prompt share its
-    prefill. Rows of ended episodes are taken by new ones, or leave the cache.
+    prefill. Rows of ended episodes are taken by new ones, or leave the cache. Each episode has random numbers of its own,
+    which come of torch's generator for CPUs: what it samples depends on the others only as far as rounding does.
 
     Args:
         model ([`~transformers.PreTrainedModel`]): The policy, in evaluation mode.
@@ -119,13 +127,18 @@ class CachedTurnSampler:
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else model.dtype
         self._footprint = Footprint.of(config, dtype)
         self._cache = EpisodeCache(config.num_hidden_layers, self.device)
+        self._seed = int(torch.randint(2**62, ()))
+        self._num_begun: Counter[int] = Counter()
         self._rows: list[_Row] = []  # by place
         self._asked: list[_Row] = []  # have new tokens that are still to be read
         self._running: list[_Row] = []
         self._idle_steps = 0  # tokens that the other rows have missed while these ran
 
     def add(self, episode: int, new_ids: Sequence[int], max_new_tokens: int) -> None:
-        row = next((row for row in self._rows if row.episode == episode), None) or _Row(episode, [])
+        row = next((row for row in self._rows if row.episode == episode), None)
+        if row is None:
+            self._num_begun[episode] += 1  # a number comes again when its episode is played again
+            row = _Row(episode, [], random.Random(f"{self._seed} {episode} {self._num_begun[episode]}"))
         row.tokens += new_ids
         row.room = max_new_tokens
         row.token_ids, row.logprobs, row.entropies = [], [], []
@@ -293,7 +306,7 @@ class CachedTurnSampler:
             scores = torch.cat(scores)
         else:
             scores = self.processors(None, logits)
-        drawn = _draw(scores.softmax(dim=-1))  # (rows, 1)
+        drawn = _draw(scores.softmax(dim=-1), [row.number for row in rows])  # (rows, 1)
         all_logprobs = (logits / self.temperature).log_softmax(dim=-1)  # (rows, vocabulary)
         if self._tells_entropies:
             entropies = -(all_logprobs.exp() * all_logprobs).nansum(
@@ -314,6 +327,7 @@ class CachedTurnSampler:
             row.tokens.append(token)
             row.token_ids.append(token)
             row.logprobs.append(logprob)
+            row.number = row.numbers.random()
             row.room -= 1
             if token in self.eos_token_ids or not row.room:
                 finished.append(row)
@@ -321,16 +335,18 @@ class CachedTurnSampler:
         return finished
 
 
-def _draw(probabilities: Tensor) -> Tensor:
+def _draw(probabilities: Tensor, numbers: list[float]) -> Tensor:
     """
-    A token for each row, (rows, 1), −1 if there is none as the probabilities are not finite: where the cumulated probabilities, (rows, vocabulary), pass a random number. On a
-    CPU this takes a third of the time of `torch.multinomial`, which draws a random number for every token.
+    A token for each row, (rows, 1), −1 if there is none as the probabilities are not finite: where the cumulated
+    probabilities, (rows, vocabulary), pass the row's random number of [0, 1). On a CPU this takes a third of the time of
+    `torch.multinomial`, which draws a random number for every token.
     """
     dtype = torch.float32 if probabilities.device.type == "mps" else torch.float64  # MPS has no float64
     cumulated = probabilities.cumsum(dim=-1, dtype=dtype)
-    random = torch.rand(len(probabilities), 1, dtype=dtype, device=probabilities.device)
+    numbers = torch.tensor(numbers, dtype=dtype, device=probabilities.device)[:, None]
+    numbers = numbers.clamp(max=1 - torch.finfo(dtype).eps / 2)  # rounded up to 1 it would draw what has probability 0
     # `right`: never a token of probability 0
-    drawn = torch.searchsorted(cumulated, random * cumulated[:, -1:], right=True).clamp(max=probabilities.size(1) - 1)
+    drawn = torch.searchsorted(cumulated, numbers * cumulated[:, -1:], right=True).clamp(max=probabilities.size(1) - 1)
     return drawn.where(cumulated[:, -1:].isfinite(), -1)
 
 
