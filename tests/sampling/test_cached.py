@@ -2,13 +2,14 @@
 
 import math
 import random
+from itertools import count
 
 import pytest
 import torch
 from conftest import make_model, shapes_read
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from samplers import EOS, PAD, Greedy, reference_turn, sampler
+from samplers import EOS, PAD, Greedy, reference_turn, refuse_caches, sampler
 from transformers import (
     AutoModelForCausalLM,
     BloomConfig,
@@ -27,7 +28,6 @@ from transformers import (
 
 from trl_epo.sampling import memory
 from trl_epo.sampling.cached import _draw, unfit_for_cached_sampler
-from trl_epo.sampling.kv_cache import EpisodeCache
 from trl_epo.sampling.processors import make_logits_processors
 from trl_epo.sampling.requests import RequestTurnSampler
 
@@ -189,13 +189,80 @@ def test_ended_episodes_leave_the_cache(model):
     assert greedy._cache.layers[0].keys.size(0) == 3
 
 
-@pytest.mark.parametrize(("num_rows", "remedy"), [(1000, "max_concurrent_episodes` below 1000"), (1, "Not even one")])
-def test_a_cache_that_does_not_fit_says_what_to_do(model, num_rows, remedy):
-    cache = EpisodeCache(num_layers=2, device=torch.device("cpu"))
-    cache.resize(num_rows)
-    cache.aim([0], torch.tensor([[1]]), extent=10**15 // num_rows)
-    with pytest.raises(MemoryError, match=remedy):
-        cache.update(torch.ones(1, 2, 1, 8), torch.ones(1, 2, 1, 8), layer_idx=0)
+class TestOutOfMemory:
+    def test_turns_go_on_fewer_at_a_time(self, model, monkeypatch, caplog):
+        refused = refuse_caches(monkeypatch, max_cells=4 * 128)
+        rng = random.Random(1)
+        prompts = [rng.choices(range(3, 50), k=k) for k in (7, 40, 11, 1, 5, 5)]
+        assert play(model, [12, 8, 9, 1, 16, 10], prompts, max_concurrent=6) < 1e-4
+        assert len(refused) == len(caplog.messages) == 1
+        assert "with 5 episodes" in caplog.text  # one has ended
+        assert "at most 2 are in it" in caplog.text and "`max_concurrent_episodes=2`" in caplog.text
+
+    def test_at_any_moment(self, model):
+        expected, num_forwards, at_most = self.sampled(model)
+        assert at_most == math.inf
+        seen = []
+        for number in range(1, num_forwards + 1):
+            texts, more, at_most = self.sampled(model, refused=number)
+            assert texts == expected
+            assert (more > num_forwards) == (at_most < math.inf)
+            seen.append(at_most)
+        num_alone = seen.count(math.inf)  # at last fewer episodes are left, and then one
+        assert num_alone < 4 < len(seen)
+        assert seen == [2] * seen.count(2) + [1] * seen.count(1) + [math.inf] * num_alone
+
+    @staticmethod
+    def sampled(model, refused=0):
+        """
+        Two turns of four episodes, when that forward is refused memory unless it is for one episode; number of forwards; most
+        episodes in the cache.
+        """
+        torch.manual_seed(0)
+        cached = sampler(model, make_logits_processors())
+        forwards = count(1)
+
+        def refuse(*args):
+            if next(forwards) == refused and len(cached._in_cache()) > 1:
+                raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+        texts = {i: [] for i in range(4)}
+        for i in texts:
+            cached.add(i, [i + 5, 3], 3 + i)
+        with model.model.register_forward_pre_hook(refuse):
+            while cached.is_busy:
+                for i, turn in cached.advance():
+                    texts[i].append(turn.token_ids)
+                    if len(texts[i]) < 2:
+                        cached.add(i, [7, 8], 3 + i)
+                    else:
+                        cached.drop(i)
+        return texts, next(forwards) - 1, cached.max_episodes
+
+    def test_not_even_one_episode_fits(self, model, monkeypatch):
+        refuse_caches(monkeypatch, max_cells=0)
+        greedy = sampler(model, LogitsProcessorList([Greedy()]))
+        with pytest.raises(MemoryError, match="a single episode .* of 3 tokens: lower `max_completion_length`"):
+            sample(greedy, {0: [5, 6, 7]}, limit=2)
+
+    def test_another_error_is_one(self, model):
+        with (
+            model.model.register_forward_pre_hook(lambda *args: 1 // 0),
+            pytest.raises(ZeroDivisionError),
+        ):
+            sample(sampler(model, make_logits_processors()), {0: [5], 1: [6]}, limit=2)
+
+    @pytest.mark.parametrize(("gib", "fitting"), [(0, 1), (3, 1), (17, 36), (17.5, 36), (17.9, 39)])
+    def test_how_many_episodes_fit(self, model, monkeypatch, gib, fitting):
+        # An episode of a million tokens takes 384 MB: keys and values · 2 layers · 2 heads · 8 · 4 bytes, and half as much as
+        # the cache grows. Of 90 % of what is free, less 2 GiB to read in, the whole GiB count.
+        monkeypatch.setattr("trl_epo.sampling.cached.free_memory", lambda device: gib * 2**30 + 1000)
+        state = torch.get_rng_state()
+        cached = sampler(model, make_logits_processors(), longest_context=10**6, bytes_to_come=1000)
+        drawn = torch.get_rng_state()
+        assert cached.num_fitting() == fitting
+        assert torch.equal(torch.get_rng_state(), drawn) and not torch.equal(state, drawn)
+        assert sampler(model, make_logits_processors()).max_episodes == math.inf
 
 
 def test_padding_is_not_read_when_lengths_differ_much(model):

@@ -1,5 +1,6 @@
-"""What sampling takes of a device's memory, by arithmetic; no tensor is made."""
+"""What sampling takes of a device's memory, by arithmetic, and how much of that is free."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -7,8 +8,13 @@ import torch
 from transformers import PreTrainedConfig
 
 
-PIECE_BYTES = 2 * 2**30  # at most, of what is in memory for a moment only, while tokens are read
+GIB = 2**30
+PIECE_BYTES = 2 * GIB  # at most, of what is in memory for a moment only, while tokens are read
 FEWEST_TOKENS = 64  # in a piece of one row, however long its context is
+USABLE = 0.9  # of the memory that is free; the rest is lost between tensors
+LOGIT_BYTES = (
+    32  # of a row and a token of the vocabulary, while one is drawn: scores, probabilities, their sums, log-probs
+)
 
 
 @dataclass(frozen=True)
@@ -89,3 +95,28 @@ class Footprint:
             groups.append(sorted(order[:rows]))
             order = order[rows:]
         return groups
+
+
+def free_memory(device: torch.device) -> float:
+    """Bytes that this process could still take of a device; ∞ on a CPU and MPS, which share it with all that runs there."""
+    if device.type in ("cpu", "mps"):
+        return math.inf
+    unused = torch.accelerator.memory_reserved(device) - torch.accelerator.memory_allocated(device)
+    return torch.accelerator.get_memory_info(device)[0] + unused
+
+
+def num_fitting(free: float, cached: float, num_layers: int, vocab_size: int, length: int) -> int:
+    """
+    How many episodes may be in the cache at once; one at least. What is free is rounded down to whole GiB, so that it makes no
+    difference if some more or less is from one run to the next.
+
+    Args:
+        free (`float`): Memory, in bytes.
+        cached (`float`): Bytes of a token's keys and values, of all layers.
+        num_layers (`int`): One layer at a time is twice in memory, when the cache grows.
+        vocab_size (`int`): Tokens of the vocabulary.
+        length (`int`): Tokens of the longest context.
+    """
+    usable = (USABLE * free - PIECE_BYTES) // GIB * GIB
+    episode = length * cached * (1 + 1 / num_layers) + vocab_size * LOGIT_BYTES
+    return max(1, int(usable / episode))

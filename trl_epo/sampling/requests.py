@@ -1,5 +1,6 @@
 """Turns as requests of their own."""
 
+import math
 from collections.abc import Callable, Sequence
 
 from .turns import Sample
@@ -17,6 +18,7 @@ class RequestTurnSampler:
     """
 
     wants_turns = True  # a batch of requests is answered all at once
+    max_episodes = math.inf  # it keeps nothing but their tokens
 
     def __init__(
         self,
@@ -27,6 +29,12 @@ class RequestTurnSampler:
         self._together = together
         self._transcripts: dict[int, list[int]] = {}
         self._asked: dict[int, int] = {}  # by episode: the turn's limit
+
+    def num_fitting(self) -> float:
+        return math.inf
+
+    def hold_at_most(self, num_episodes: float) -> None:
+        self.max_episodes = num_episodes
 
     def add(self, episode: int, new_ids: Sequence[int], max_new_tokens: int) -> None:
         self._transcripts.setdefault(episode, []).extend(new_ids)

@@ -31,6 +31,7 @@ from ..runs import (
     called_alone,
     check_rollouts,
     keep_output_precision,
+    optimizer_bytes_to_come,
     set_timeout,
     shards_with_zero3,
 )
@@ -381,8 +382,11 @@ class SeamedGRPOTrainer(FaultTolerantGRPOTrainer):
             self._captured_entropies = None
 
     @contextmanager
-    def turn_sampler(self) -> Iterator[TurnSampler]:
-        """A sampler over the current weights; the model is in evaluation mode meanwhile."""
+    def turn_sampler(self, longest_context: float = math.inf) -> Iterator[TurnSampler]:
+        """
+        A sampler over the current weights, for contexts of up to so many tokens as far as is known; the model is in evaluation
+        mode meanwhile.
+        """
         was_training = self.model.training
         by_request = self.use_vllm or self.use_transformers_continuous_batching
         unfit = None if by_request else self._unfit_for_cached_sampler
@@ -423,6 +427,8 @@ class SeamedGRPOTrainer(FaultTolerantGRPOTrainer):
                     temperature=settings["temperature"],
                     processors=make_logits_processors(self.accelerator.device, **settings),
                     tells_entropies=not was_training and self.args.keep_episodes > 0,
+                    longest_context=longest_context,
+                    bytes_to_come=optimizer_bytes_to_come(self.accelerator),
                 )
                 with closing(sampler):
                     yield sampler
