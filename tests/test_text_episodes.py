@@ -16,6 +16,7 @@ from transformers import BloomConfig, BloomForCausalLM, Phi3Config, Phi3ForCausa
 
 from trl_epo import EPOConfig, EPOTrainer
 from trl_epo.rollouts.episode import StopReason
+from trl_epo.sampling import memory
 from trl_epo.sampling.cached import CachedTurnSampler
 from trl_epo.sampling.kv_cache import EpisodeCache
 from trl_epo.sampling.requests import RequestTurnSampler
@@ -634,7 +635,8 @@ class TestWithTrl:
         assert 0 < len(casts) <= len(shapes)
         assert not any(weight.requires_grad for weight in frozen)
 
-    def test_trls_generation_for_models_that_do_not_fit(self, tmp_path, tokenizer):
+    def test_trls_generation_for_models_that_do_not_fit(self, tmp_path, tokenizer, monkeypatch):
+        monkeypatch.setattr(memory, "PIECE_BYTES", 1)  # each turn by itself
         config = BloomConfig(
             vocab_size=400, hidden_size=32, n_layer=2, n_head=4, bos_token_id=None, eos_token_id=2, pad_token_id=0
         )
@@ -646,7 +648,12 @@ class TestWithTrl:
             processing_class=tokenizer,
             environment_factory=Corridor,
         )
+        generate, rows = trainer.model.generate, []
+        monkeypatch.setattr(
+            trainer.model, "generate", lambda input_ids, **kw: rows.append(len(input_ids)) or generate(input_ids, **kw)
+        )
         trainer.train()
+        assert set(rows) == {1}
         assert trainer.model.training
         assert all(entry["episode/turns"] > 1 for entry in logs(trainer))
         assert all(entry["episode/stop/failure"] == 0 for entry in logs(trainer))

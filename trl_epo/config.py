@@ -104,7 +104,9 @@ class EPOConfig(GRPOConfig):
         max_concurrent_episodes (`int`, *optional*):
             Text episodes that a process plays at once; the others of a generation batch follow as these end. Bounds
             the number of environments and the key/value cache, which holds this many episodes of the longest length
-            at most. `None`: the whole generation batch. (vLLM and continuous batching bound their cache themselves.)
+            at most. `None`: as many as fit into the device's free memory when the first batch is played, the same on each
+            process; a checkpoint keeps the number. On a CPU, and with vLLM and continuous batching, which bound their cache
+            themselves, the whole generation batch.
         environment_patience (`float`, *optional*, defaults to `1.0`):
             How long generation waits for an environment to answer before it goes on with the other episodes, in
             seconds. What is sampled together, and so every result, is the same from run to run as long as all answers
@@ -293,7 +295,10 @@ class EPOConfig(GRPOConfig):
     )
     max_concurrent_episodes: int | None = field(
         default=None,
-        metadata={"help": "Text episodes that a process plays at once. None: the whole generation batch."},
+        metadata={
+            "help": "Text episodes that a process plays at once. None: as many as fit into the free memory of a GPU; on a "
+            "CPU the whole generation batch."
+        },
     )
     environment_patience: float = field(
         default=1.0,
@@ -514,7 +519,7 @@ class EPOConfig(GRPOConfig):
         if self.max_concurrent_episodes is not None and self.max_concurrent_episodes < 1:
             raise ValueError(
                 f"`max_concurrent_episodes` is {self.max_concurrent_episodes}, but must be at least 1, or `None` for "
-                "the whole generation batch."
+                "as many as fit."
             )
         length = self.max_observation_length
         if length is not None and (not isinstance(length, int) or length < 1):

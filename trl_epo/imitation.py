@@ -148,6 +148,7 @@ class _DemonstrationSampler:
     """A turn sampler that says what the demonstrations say, by the place that an episode has."""
 
     wants_turns = True
+    max_episodes = math.inf
 
     def __init__(self, demonstrations: dict[int, Demonstration], chat: ChatEncoder):
         self._demonstrations = demonstrations

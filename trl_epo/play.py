@@ -62,6 +62,10 @@ class _ShownSampler:
         self._sampler.drop(episode)
 
     @property
+    def max_episodes(self) -> float:
+        return self._sampler.max_episodes
+
+    @property
     def is_busy(self) -> bool:
         return self._sampler.is_busy
 

@@ -4,7 +4,7 @@ model card; and what of it a checkpoint must hold.
 """
 
 import logging
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,7 @@ from .reports import (
 )
 from .rollouts import EPISODES_FOLDER, EpisodePlayer, PlayedBatch
 from .runs import own_randomness
-from .seams import SeamedGRPOTrainer
+from .seams import SeamedGRPOTrainer, replaced
 
 
 logger = logging.getLogger(__name__)
@@ -101,6 +101,23 @@ class ReportingTrainer(SeamedGRPOTrainer):
         )
 
     # Evaluation and logs
+
+    def evaluate(self, *args, **kwargs):
+        with self._large_panel_batches():
+            return super().evaluate(*args, **kwargs)
+
+    def predict(self, *args, **kwargs):
+        with self._large_panel_batches():
+            return super().predict(*args, **kwargs)
+
+    def _large_panel_batches(self) -> AbstractContextManager[None]:
+        """
+        While this context lasts, batches of text episodes are at least as large as training's: they hold no activations,
+        which `per_device_eval_batch_size` bounds elsewhere.
+        """
+        if self._player is None:
+            return nullcontext()
+        return replaced(self.args, "per_device_eval_batch_size", self._player.panel_batch_size)
 
     def evaluation_loop(self, dataloader, *args, metric_key_prefix: str = "eval", **kwargs):
         self._eval_prefix = metric_key_prefix

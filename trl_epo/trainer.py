@@ -216,7 +216,10 @@ class EPOTrainer(ReportingTrainer):
             return rows
         step, rl_step = self.state.global_step, self.entropy_history.step
         try:
-            with self.times.rollout(self._player.environments), self.turn_sampler() as sampler:
+            with (
+                self.times.rollout(self._player.environments),
+                self.turn_sampler(self._player.longest_context) as sampler,
+            ):
                 sampler = self.times.counted(sampler)
                 self._batch = self._player.play(rows, mode, sampler, step, rl_step, self._credit.flat_episodes)
         except TooManyFailures as error:

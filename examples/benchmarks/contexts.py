@@ -52,6 +52,7 @@ class CountingSampler:
     """Says a random admissible action, and counts the tokens that a model would have read; one episode at a time."""
 
     wants_turns = True
+    max_episodes = 1
 
     def __init__(self, tokenizer, seed: int):
         self.tokenizer = tokenizer

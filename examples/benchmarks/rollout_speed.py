@@ -73,8 +73,8 @@ class ForcedEPOTrainer(EPOTrainer):
     forced_ids: list[int]
 
     @contextmanager
-    def turn_sampler(self):
-        with super().turn_sampler() as sampler:
+    def turn_sampler(self, *args):
+        with super().turn_sampler(*args) as sampler:
             sampler.processors.append(Forced(self.forced_ids))
             advance, self.turn_ends = sampler.advance, []
 

@@ -304,6 +304,32 @@ class TestTrainer:
         assert [length for length, _ in panels[0]] == [length for length in range(2, 8) for _ in range(2)]
         assert len(set(panels[0])) == 6
 
+    @pytest.mark.parametrize(
+        ("settings", "at_once"),
+        [
+            ({"per_device_eval_batch_size": 1}, 4),
+            ({"per_device_eval_batch_size": 16}, 4),
+            ({"max_concurrent_episodes": 3}, 3),
+            ({"per_device_eval_batch_size": 1, "num_generations_eval": 3}, 3),  # batches of whole groups
+        ],
+    )
+    def test_plays_as_many_at_once_as_training(self, tmp_path, tokenizer, settings, at_once):
+        made = []
+
+        def factory():
+            made.append(1)
+            return Corridor()
+
+        trainer = make_trainer(tmp_path, tokenizer, factory=factory, **settings)
+        metrics = trainer.evaluate()
+        assert len(made) == at_once
+        assert metrics["eval_episode/count"] == 5 * settings.get("num_generations_eval", 1)
+        assert metrics["eval_episode/success_rate"] == pytest.approx(0.2)
+        made.clear()
+        trainer.predict(trainer.eval_dataset)
+        assert not made  # they are kept, and no more are needed
+        assert trainer.args.per_device_eval_batch_size == settings.get("per_device_eval_batch_size", 8)
+
     def test_training_does_not_notice(self, tmp_path, tokenizer):
         states = []
         for settings in ({}, {"eval_strategy": "steps", "eval_steps": 1, "eval_temperature": 0.4}):
@@ -369,11 +395,6 @@ class TestTrainer:
                 processing_class=tokenizer,
                 environment_factory=Corridor,
             )
-
-    def test_groups_that_do_not_fit_a_batch(self, tmp_path, tokenizer):
-        trainer = make_trainer(tmp_path, tokenizer, num_generations_eval=3)
-        with pytest.raises(ValueError, match="batch of 8 episodes .* groups of 3"):
-            trainer.evaluate()
 
 
 # By default it takes most of the memory for its cache.

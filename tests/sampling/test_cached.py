@@ -2,13 +2,14 @@
 
 import math
 import random
+from itertools import count
 
 import pytest
 import torch
 from conftest import make_model, shapes_read
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from samplers import EOS, PAD, Greedy, reference_turn, sampler
+from samplers import EOS, PAD, Greedy, reference_turn, refuse_caches, sampler
 from transformers import (
     AutoModelForCausalLM,
     BloomConfig,
@@ -25,8 +26,8 @@ from transformers import (
     Qwen2Config,
 )
 
+from trl_epo.sampling import memory
 from trl_epo.sampling.cached import _draw, unfit_for_cached_sampler
-from trl_epo.sampling.kv_cache import EpisodeCache
 from trl_epo.sampling.processors import make_logits_processors
 from trl_epo.sampling.requests import RequestTurnSampler
 
@@ -129,26 +130,36 @@ def test_any_mixture_of_episodes_equals_reading_the_transcript_again(num_turns, 
     assert play(model, num_turns, prompts, max_concurrent, seed) < 1e-4
 
 
-@pytest.mark.parametrize(
-    "make_config",
-    [
-        lambda **sizes: Gemma3TextConfig(**sizes, head_dim=8, sliding_window=6),  # local and global layers
-        lambda **sizes: MistralConfig(**sizes, sliding_window=6),
-        lambda **sizes: Qwen2Config(**sizes),
-        lambda **sizes: LlamaConfig(**sizes, attn_implementation="eager"),
-        lambda **sizes: GPT2Config(vocab_size=50, n_embd=32, n_layer=2, n_head=4),  # learnt positions
-    ],
-    ids=["gemma3", "mistral", "qwen2", "eager", "gpt2"],
-)
-def test_other_architectures(make_config):
+ARCHITECTURES = {
+    "gemma3": lambda **sizes: Gemma3TextConfig(**sizes, head_dim=8, sliding_window=6),  # local and global layers
+    "mistral": lambda **sizes: MistralConfig(**sizes, sliding_window=6),
+    "qwen2": lambda **sizes: Qwen2Config(**sizes),
+    "eager": lambda **sizes: LlamaConfig(**sizes, attn_implementation="eager"),
+    "gpt2": lambda **sizes: GPT2Config(vocab_size=50, n_embd=32, n_layer=2, n_head=4),  # learnt positions
+}
+
+
+@pytest.mark.parametrize("kind", ARCHITECTURES)
+def test_other_architectures(kind, monkeypatch):
     torch.manual_seed(0)
     sizes = {"vocab_size": 50, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 7}
     sizes |= {"num_attention_heads": 4, "num_key_value_heads": 2, "bos_token_id": None, "eos_token_id": 2}
-    model = AutoModelForCausalLM.from_config(make_config(**sizes)).eval()
+    model = AutoModelForCausalLM.from_config(ARCHITECTURES[kind](**sizes)).eval()
     assert unfit_for_cached_sampler(model, longest_context=128) is None
     rng = random.Random(1)
     prompts = [rng.choices(range(3, 50), k=k) for k in (7, 20, 3)]
     assert play(model, [6, 3, 5], prompts, max_concurrent=2) < 1e-4
+    # the same in many small pieces
+    monkeypatch.setattr(memory, "PIECE_BYTES", 1)
+    monkeypatch.setattr(memory, "FEWEST_TOKENS", 3)
+    assert play(model, [6, 3, 5], prompts, max_concurrent=2) < 1e-4
+    # and what the arithmetic says of the cache
+    cached = sampler(model, LogitsProcessorList([Greedy()]))
+    sample(cached, {0: [5, 6], 1: [7]}, limit=1)
+    layers = cached._cache.layers
+    assert cached._footprint.cached == sum(
+        layer.keys[0, :, 0].nbytes + layer.values[0, :, 0].nbytes for layer in layers
+    )
 
 
 def test_a_prompt_is_read_once_for_its_group(model):
@@ -178,13 +189,80 @@ def test_ended_episodes_leave_the_cache(model):
     assert greedy._cache.layers[0].keys.size(0) == 3
 
 
-@pytest.mark.parametrize(("num_rows", "remedy"), [(1000, "max_concurrent_episodes` below 1000"), (1, "Not even one")])
-def test_a_cache_that_does_not_fit_says_what_to_do(model, num_rows, remedy):
-    cache = EpisodeCache(num_layers=2, device=torch.device("cpu"))
-    cache.resize(num_rows)
-    cache.aim([0], torch.tensor([[1]]), extent=10**15 // num_rows)
-    with pytest.raises(MemoryError, match=remedy):
-        cache.update(torch.ones(1, 2, 1, 8), torch.ones(1, 2, 1, 8), layer_idx=0)
+class TestOutOfMemory:
+    def test_turns_go_on_fewer_at_a_time(self, model, monkeypatch, caplog):
+        refused = refuse_caches(monkeypatch, max_cells=4 * 128)
+        rng = random.Random(1)
+        prompts = [rng.choices(range(3, 50), k=k) for k in (7, 40, 11, 1, 5, 5)]
+        assert play(model, [12, 8, 9, 1, 16, 10], prompts, max_concurrent=6) < 1e-4
+        assert len(refused) == len(caplog.messages) == 1
+        assert "with 5 episodes" in caplog.text  # one has ended
+        assert "at most 2 are in it" in caplog.text and "`max_concurrent_episodes=2`" in caplog.text
+
+    def test_at_any_moment(self, model):
+        expected, num_forwards, at_most = self.sampled(model)
+        assert at_most == math.inf
+        seen = []
+        for number in range(1, num_forwards + 1):
+            texts, more, at_most = self.sampled(model, refused=number)
+            assert texts == expected
+            assert (more > num_forwards) == (at_most < math.inf)
+            seen.append(at_most)
+        num_alone = seen.count(math.inf)  # at last fewer episodes are left, and then one
+        assert num_alone < 4 < len(seen)
+        assert seen == [2] * seen.count(2) + [1] * seen.count(1) + [math.inf] * num_alone
+
+    @staticmethod
+    def sampled(model, refused=0):
+        """
+        Two turns of four episodes, when that forward is refused memory unless it is for one episode; number of forwards; most
+        episodes in the cache.
+        """
+        torch.manual_seed(0)
+        cached = sampler(model, make_logits_processors())
+        forwards = count(1)
+
+        def refuse(*args):
+            if next(forwards) == refused and len(cached._in_cache()) > 1:
+                raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+        texts = {i: [] for i in range(4)}
+        for i in texts:
+            cached.add(i, [i + 5, 3], 3 + i)
+        with model.model.register_forward_pre_hook(refuse):
+            while cached.is_busy:
+                for i, turn in cached.advance():
+                    texts[i].append(turn.token_ids)
+                    if len(texts[i]) < 2:
+                        cached.add(i, [7, 8], 3 + i)
+                    else:
+                        cached.drop(i)
+        return texts, next(forwards) - 1, cached.max_episodes
+
+    def test_not_even_one_episode_fits(self, model, monkeypatch):
+        refuse_caches(monkeypatch, max_cells=0)
+        greedy = sampler(model, LogitsProcessorList([Greedy()]))
+        with pytest.raises(MemoryError, match="a single episode .* of 3 tokens: lower `max_completion_length`"):
+            sample(greedy, {0: [5, 6, 7]}, limit=2)
+
+    def test_another_error_is_one(self, model):
+        with (
+            model.model.register_forward_pre_hook(lambda *args: 1 // 0),
+            pytest.raises(ZeroDivisionError),
+        ):
+            sample(sampler(model, make_logits_processors()), {0: [5], 1: [6]}, limit=2)
+
+    @pytest.mark.parametrize(("gib", "fitting"), [(0, 1), (3, 1), (17, 36), (17.5, 36), (17.9, 39)])
+    def test_how_many_episodes_fit(self, model, monkeypatch, gib, fitting):
+        # An episode of a million tokens takes 384 MB: keys and values · 2 layers · 2 heads · 8 · 4 bytes, and half as much as
+        # the cache grows. Of 90 % of what is free, less 2 GiB to read in, the whole GiB count.
+        monkeypatch.setattr("trl_epo.sampling.cached.free_memory", lambda device: gib * 2**30 + 1000)
+        state = torch.get_rng_state()
+        cached = sampler(model, make_logits_processors(), longest_context=10**6, bytes_to_come=1000)
+        drawn = torch.get_rng_state()
+        assert cached.num_fitting() == fitting
+        assert torch.equal(torch.get_rng_state(), drawn) and not torch.equal(state, drawn)
+        assert sampler(model, make_logits_processors()).max_episodes == math.inf
 
 
 def test_padding_is_not_read_when_lengths_differ_much(model):
@@ -192,6 +270,43 @@ def test_padding_is_not_read_when_lengths_differ_much(model):
         greedy = sampler(model, LogitsProcessorList([Greedy()]))
         sample(greedy, {0: [5] * 900, 1: [6] * 30, 2: [7] * 25}, limit=1)
         assert read == [(1, 899), (2, 29), (3, 1)]
+
+
+def test_what_is_read_at_once_is_bounded(model, monkeypatch):
+    greedy = sampler(model, LogitsProcessorList([Greedy()]))
+    footprint = greedy._footprint
+    # Two contexts of 41 tokens, and half as much for 10 tokens of each of them
+    bound = 2 * 2 * 41 * footprint.attended
+    monkeypatch.setattr(memory, "PIECE_BYTES", bound)
+    monkeypatch.setattr(memory, "FEWEST_TOKENS", 1)
+    with shapes_read(model) as read:
+        sample(greedy, {0: [5], 1: [6], 2: [7]}, limit=1)
+        read.clear()
+        long = {0: [8] * 39, 1: [9] * 39, 2: [10] * 30}
+        sample(greedy, long, limit=1)
+    assert {rows for rows, _ in read} == {2, 1}
+    assert sum(rows * tokens for rows, tokens in read) == 40 * 2 + 31  # with the token that each has sampled
+    for rows, tokens in read:
+        assert rows * (41 * footprint.attended + tokens * (footprint.read + 41 * footprint.pair)) <= bound
+    assert len(read) < 40  # as many as fit, not one by one
+
+
+def test_requests_that_take_as_much_memory_as_they_are_asked_for(model, monkeypatch):
+    footprint = memory.Footprint(cached=10, attended=2, read=3, pair=1)
+    # A request of 4 tokens and 6 new ones: 10 tokens kept, 4 read, 16 pairs
+    monkeypatch.setattr(memory, "PIECE_BYTES", 2 * (10 * 10 + 4 * (2 + 3) + 16))
+    assert footprint.requests([1, 4, 1, 3, 9], max_new_tokens=6) == [[4], [1, 3], [0, 2]]
+    assert footprint.requests([4, 4], max_new_tokens=6) == [[0, 1]]
+    asked = []
+
+    def generate(prompts, max_new_tokens):
+        asked.append(prompts)
+        return [[prompt[0] + 10] for prompt in prompts], None
+
+    requests = RequestTurnSampler(generate, footprint.requests)
+    samples = sample(requests, {0: [1], 1: [2] * 4, 2: [3], 3: [4] * 9}, limit=6)
+    assert asked == [[[4] * 9], [[1], [2] * 4], [[3]]]
+    assert {episode: turn.token_ids for episode, turn in samples.items()} == {0: [11], 1: [12], 2: [13], 3: [14]}
 
 
 def test_after_turns_were_added_the_others_have_missed_nothing(model):
@@ -206,14 +321,12 @@ def test_after_turns_were_added_the_others_have_missed_nothing(model):
 
 
 class TestDraw:
-    def test_never_a_token_of_probability_zero(self, monkeypatch):
+    def test_never_a_token_of_probability_zero(self):
         for number, token in ((0.0, 2), (1.0 - 1e-16, 3)):
-            monkeypatch.setattr(torch, "rand", lambda *size, value=number, **kwargs: torch.full(size, value, **kwargs))
-            assert _draw(torch.tensor([[0.0, 0.0, 0.25, 0.75, 0.0]])).tolist() == [[token]]
+            assert _draw(torch.tensor([[0.0, 0.0, 0.25, 0.75, 0.0]]), [number]).tolist() == [[token]]
 
     def test_rows_need_not_sum_to_one(self):
-        torch.manual_seed(0)
-        drawn = _draw(torch.tensor([[0.001, 0.003]]).expand(4000, 2))
+        drawn = _draw(torch.tensor([[0.001, 0.003]]).expand(4000, 2), torch.arange(4000).div(4000).tolist())
         assert float(drawn.float().mean()) == pytest.approx(0.75, abs=0.03)
 
     def test_a_model_that_diverged_is_an_error(self, model):
@@ -295,6 +408,33 @@ def test_same_seed_same_samples(model):
         return [sample(cached, {0: [5, 6], 1: [7]}, limit=5), sample(cached, {1: [9, 9]}, limit=5)]
 
     assert play() == play()
+
+
+@pytest.mark.parametrize("max_concurrent", [1, 3])
+def test_what_an_episode_samples_does_not_depend_on_how_many_are_played_at_once(model, max_concurrent):
+    def play(max_concurrent):
+        torch.manual_seed(3)
+        cached = sampler(model, make_logits_processors())
+        texts = {}
+        for first in range(0, 6, max_concurrent):
+            together = range(first, min(first + max_concurrent, 6))
+            turns = [sample(cached, {i: [i + 5, turn + 3] for i in together}, limit=4 + turn) for turn in range(3)]
+            texts |= {i: [turn[i].token_ids for turn in turns] for i in together}
+            for i in together:
+                cached.drop(i)
+        return texts
+
+    assert play(max_concurrent) == play(6)
+    assert len({str(text) for text in play(6).values()}) == 6
+
+
+def test_an_episode_that_is_played_again_samples_anew(model):
+    cached = sampler(model, make_logits_processors())
+    texts = []
+    for _ in range(2):
+        texts.append(sample(cached, {0: [5, 6]}, limit=20)[0].token_ids)
+        cached.drop(0)
+    assert texts[0] != texts[1]
 
 
 def test_temperature_may_be_a_whole_number(model):

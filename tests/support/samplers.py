@@ -1,8 +1,11 @@
 """Samplers for tests, and what they are compared with."""
 
+import math
+
 import torch
 
 from trl_epo.sampling.cached import CachedTurnSampler
+from trl_epo.sampling.kv_cache import _Layer
 from trl_epo.sampling.turns import Sample
 
 
@@ -16,8 +19,23 @@ class Greedy:
         return torch.full_like(scores, -float("inf")).scatter(1, scores.argmax(dim=1, keepdim=True), 0.0)
 
 
-def sampler(model, processors, temperature=1.0):
-    return CachedTurnSampler(model, [EOS], PAD, temperature=temperature, processors=processors)
+def sampler(model, processors, temperature=1.0, **kwargs):
+    return CachedTurnSampler(model, [EOS], PAD, temperature=temperature, processors=processors, **kwargs)
+
+
+def refuse_caches(monkeypatch, max_cells):
+    """Have an allocator refuse caches of more rows times columns; the list of these."""
+    refused, fitted = [], _Layer._fitted
+
+    def refuse(layer, old, like):
+        size = layer.cache.row_capacity, layer.cache.column_capacity
+        if math.prod(size) > max_cells:
+            refused.append(size)
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+        return fitted(layer, old, like)
+
+    monkeypatch.setattr(_Layer, "_fitted", refuse)
+    return refused
 
 
 def reference_turn(model, transcript, limit):
@@ -35,6 +53,7 @@ class ScriptedSampler:
     """Says the same texts in each episode, one per turn; as many tokens as the limit lets through."""
 
     wants_turns = True
+    max_episodes = math.inf
 
     def __init__(self, tokenizer, texts):
         self.tokenizer, self.texts = tokenizer, texts

@@ -1,5 +1,6 @@
 """What the model sees before each action: one growing transcript, or a window that is built anew each turn."""
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
@@ -162,6 +163,14 @@ class ContextRules:
                     f"{type(error).__name__}: {printable(str(error))}. It gets a `trl_epo.rollouts.contexts.TurnView` and must return "
                     "the user message as a `str`, or a list of messages."
                 ) from error
+
+    def longest_context(self, prompt: list[dict[str, Any]], observation: str, info: dict[str, Any]) -> float:
+        """An estimate of the longest context, in tokens, for episodes whose first prompt is as long as this one."""
+        try:
+            _, first = self.first(prompt, observation, info)
+        except Exception:  # costs its episode, not the run
+            return self.context_length or self.max_length
+        return min(self.context_length or math.inf, len(first.new_ids) + self.max_length)
 
     def first(
         self, prompt: list[dict[str, Any]], observation: str, info: dict[str, Any]

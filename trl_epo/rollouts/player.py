@@ -1,5 +1,6 @@
 """Generation batches and panels of text episodes, over all processes. Knows no trainer."""
 
+import logging
 import math
 import sys
 from collections import Counter
@@ -23,6 +24,8 @@ from .episode import Episode, EpisodeSummary, StopReason, episode_row
 from .failure_log import FailureLog
 from .rollout import ActionParser, EpisodeStart, Limits, parse_action, parse_tagged_action, play_episodes
 
+
+logger = logging.getLogger(__name__)
 
 EPISODES_FOLDER = Path("episodes")  # in the run's folder
 FAILURES_FILE = EPISODES_FOLDER / "failures.jsonl"
@@ -93,6 +96,9 @@ class EpisodePlayer:
         action_parser (`Callable[[str], str | None]`): Finds the action in the model's text.
         rules ([`ContextRules`]): What the model sees.
         limits ([`Limits`]): What bounds episodes.
+        longest_context (`int`): An estimate of the longest context, in tokens, made of the dataset's first row.
+        num_fitting (`float` or `None`): How many episodes fit into the devices' memory at once, on any process; `None` until
+            that is known.
         failures ([`FailureLog`]): Failures of episodes, over all processes.
         summaries (`dict[str, list[EpisodeSummary]]`): By mode: episodes that have not been logged, of all processes.
     """
@@ -126,46 +132,56 @@ class EpisodePlayer:
             context_turns=args.context_turns,
             prompt_builder=prompt_builder or (build_prompt if windows else describe_turn),
         )
+        self._batch_size = args.per_device_train_batch_size * args.steps_per_generation  # of a process, in episodes
         self.limits = Limits(
             max_turns=args.max_turns,
             max_turn_length=args.max_turn_length,
-            max_concurrent_episodes=args.max_concurrent_episodes or math.inf,
+            max_concurrent_episodes=min(args.max_concurrent_episodes or math.inf, self._batch_size),
             patience=args.environment_patience,
             max_retries=args.env_max_retries,
             max_observation_length=args.max_observation_length,
         )
         texts = environments.instructions()
         self._instructions = {name: chat.instruct(text) if text else [] for name, text in texts.items()}
+        self.longest_context = context_length or max_length
+        self._forget_memory()
         self._num_panel_rows = 0  # that were given out so far
         self._panel_size = 0  # in episodes
         self.failures = FailureLog(Path(args.output_dir, FAILURES_FILE), accelerator.is_main_process)
         self.summaries: dict[str, list[EpisodeSummary]] = {"train": [], "eval": []}
 
     def check_prompts(self, first_row: FirstRow) -> None:
-        """Try the prompt builder, if there is one, on the dataset's first row. Raises a `ValueError` if it does not do."""
+        """
+        Try the prompt builder, if there is one, on the dataset's first row. Raises a `ValueError` if it does not do. The row
+        also tells how long a prompt is.
+        """
         self.rules.check_builder(*first_row)
+        prompts = [first_row.prompt] if first_row.prompt else self._instructions.values()
+        self.longest_context = max(self.rules.longest_context(prompt, *first_row[1:]) for prompt in prompts)
 
     def begin_training(self) -> None:
         """Forget what an earlier training has left."""
+        self._forget_memory()
         self._begin("train")
 
-    def begin_panel(self, rows) -> None:
-        """
-        Begin an evaluation set; what an evaluation that was interrupted has left is forgotten.
+    def _forget_memory(self) -> None:
+        chosen = self._args.max_concurrent_episodes is not None
+        self.num_fitting: float | None = math.inf if chosen else None
 
-        Raises:
-            ValueError: If the batches of the evaluation cannot hold whole groups.
-        """
-        batch_size = self._args.eval_batch_size * self._accelerator.num_processes
-        if batch_size % self._num_generations_eval:
-            raise ValueError(
-                f"An evaluation batch of {batch_size} episodes (`per_device_eval_batch_size` times the processes) "
-                f"cannot hold whole groups of {self._num_generations_eval}. Set `num_generations_eval` to a divisor "
-                "of it."
-            )
+    def begin_panel(self, rows) -> None:
+        """Begin an evaluation set; what an evaluation that was interrupted has left is forgotten."""
         self._num_panel_rows = 0
         self._panel_size = len(rows) * self._num_generations_eval if has_length(rows) else sys.maxsize
         self._begin("eval")
+
+    @property
+    def panel_batch_size(self) -> int:
+        """
+        How many episodes of a panel a process is to be given for a batch: `per_device_eval_batch_size`, but as many as it
+        plays at once in training, in whole groups over all processes.
+        """
+        whole = self._num_generations_eval // math.gcd(self._num_generations_eval, self._accelerator.num_processes)
+        return max(max(self._args.eval_batch_size, self._batch_size) // whole, 1) * whole
 
     def _begin(self, mode: str) -> None:
         self.summaries[mode].clear()
@@ -194,6 +210,10 @@ class EpisodePlayer:
         Raises:
             TooManyFailures: If more than `max_failed_fraction` of a training batch failed, on all processes.
         """
+        if self.num_fitting is None:
+            self.num_fitting = min(gather_object([sampler.num_fitting()]))
+            logger.info("%s episodes fit into the memory at once.", self.num_fitting)
+        sampler.hold_at_most(self.num_fitting)
         places = self._places(mode, len(rows))
         num_generations = self._args.num_generations if mode == "train" else self._num_generations_eval
         groups = [place // num_generations for place in places]
@@ -208,6 +228,7 @@ class EpisodePlayer:
             num_resampled += num_groups
             for i, episode in zip(flat, self._play([others[i] for i in flat], sampler), strict=True):
                 episodes[i] = episode
+        self.num_fitting = min(gather_object([sampler.max_episodes]))
         summaries = [EpisodeSummary.of(episode, group) for episode, group in zip(episodes, groups, strict=True)]
         summaries = gather_object(summaries)
         failures = self.failures.share(mode, step=step, rl_step=rl_step)
@@ -291,11 +312,16 @@ class EpisodePlayer:
         return {
             "episodes": [summary.as_json() for summary in self.summaries["train"]],
             "failures": self.failures.counts["train"],
+            "num_fitting": None if self.num_fitting == math.inf else self.num_fitting,
+            "max_concurrent_episodes": self._args.max_concurrent_episodes,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.summaries["train"] = [EpisodeSummary.from_json(row) for row in state["episodes"]]
         self.failures.counts["train"] = Counter(state["failures"])
+        asked_for = state.get("max_concurrent_episodes")
+        if state.get("num_fitting") is not None and asked_for == self._args.max_concurrent_episodes:
+            self.num_fitting = state["num_fitting"]
 
 
 def derived_seed(seed: int, train: bool, step: int, group: int, attempt: int = 0) -> int:

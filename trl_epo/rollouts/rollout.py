@@ -369,7 +369,7 @@ def _play(
     num_open = 0
     while queue or num_open:
         while sampler.wants_turns:
-            while queue and num_open < limits.max_concurrent_episodes:
+            while queue and num_open < min(limits.max_concurrent_episodes, sampler.max_episodes):
                 index = queue.popleft()
                 answers[index] = episodes[index].reset(pool)
                 num_open += 1

@@ -90,6 +90,17 @@ def check_critic(args: TrainingArguments, accelerator: Accelerator) -> None:
         )
 
 
+def optimizer_bytes_to_come(accelerator: Accelerator) -> int:
+    """
+    What the optimizers of a run will take of this process's device in their first step, in bytes: two states for each weight
+    or shard of one, as Adam has; nothing afterwards.
+    """
+    optimizers = [optimizer for optimizer in accelerator._optimizers if not optimizer.state]
+    weights = [weight for optimizer in optimizers for group in optimizer.param_groups for weight in group["params"]]
+    shards = [weight.to_local() if isinstance(weight, DTensor) else weight for weight in weights]
+    return sum(2 * shard.nbytes for shard in shards)
+
+
 @contextmanager
 def called_alone(model: nn.Module) -> Iterator[None]:
     """

@@ -3,10 +3,11 @@ Tokens of turns.
 
 In: a model and the tokens that it is to read. Out: a turn's sampled tokens and their log-probs. Knows no episode and no environment.
 Imports: batches. Open first: `turns.py`, what a sampler is; `cached.py` keeps keys and values over turns, `requests.py` asks for
-each turn anew (vLLM).
+each turn anew (vLLM), `memory.py` says what may be in memory at once.
 """
 
 from .cached import CachedTurnSampler, unfit_for_cached_sampler
+from .memory import Footprint
 from .processors import make_logits_processors
 from .requests import RequestTurnSampler
 from .turns import Sample, TurnSampler
@@ -14,6 +15,7 @@ from .turns import Sample, TurnSampler
 
 __all__ = [
     "CachedTurnSampler",
+    "Footprint",
     "RequestTurnSampler",
     "Sample",
     "TurnSampler",

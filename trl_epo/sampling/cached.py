@@ -1,21 +1,28 @@
 """The key/value cache kept across turns: a turn costs its new tokens only."""
 
 import inspect
+import logging
+import math
+import random
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
+from accelerate.utils.memory import should_reduce_batch_size
 from torch import Tensor
 from transformers import LogitsProcessorList, PreTrainedModel
 
 from ..batches import length_groups
 from .kv_cache import EpisodeCache
+from .memory import Footprint, free_memory, num_fitting
 from .processors import READS_HISTORY
 from .turns import Sample
 
 
+logger = logging.getLogger(__name__)
+
 FORWARD_OVERHEAD = 128  # a forward of its own costs about as much as this many padded tokens in a shared one
-MAX_FORWARD_TOKENS = 16_384  # in one forward, padding included; bounds the memory of long prompts
 
 
 def unfit_for_cached_sampler(model: PreTrainedModel, longest_context: float) -> str | None:
@@ -57,12 +64,22 @@ class _Row:
 
     episode: int | None  # None: has ended
     tokens: list[int]  # all so far
+    numbers: random.Random  # of its own, so that what is sampled beside it changes nothing
+    number: float = field(init=False)  # draws its next token
     place: int = -1  # its row of the cache
     num_cached: int = 0  # how many tokens are in the cache
     room: int = 0  # tokens that this turn may still take
     token_ids: list[int] = field(default_factory=list)  # this turn's
     logprobs: list[float] = field(default_factory=list)
     entropies: list[float] = field(default_factory=list)
+
+    def __post_init__(self):
+        self.number = self.numbers.random()
+
+    @property
+    def num_unread(self) -> int:
+        """How many tokens are not in the cache yet."""
+        return len(self.tokens) - self.num_cached
 
     def has_cached(self, prefix: list[int]) -> bool:
         """Whether its first tokens in the cache are these."""
@@ -75,7 +92,11 @@ class CachedTurnSampler:
 
     Turns are asked for and finished at any time. Those asked for meanwhile are read together, rows of like length in
     one forward; then all running turns are sampled token by token. Episodes that begin with the same prompt share its
-    prefill. Rows of ended episodes are taken by new ones, or leave the cache.
+    prefill. Rows of ended episodes are taken by new ones, or leave the cache. Each episode has random numbers of its own,
+    which come of torch's generator for CPUs: what it samples depends on the others only as far as rounding does.
+
+    When memory runs out the cache is given up. The episodes keep their tokens; half as many of those that were in the cache are
+    read again, and the others as these end.
 
     Args:
         model ([`~transformers.PreTrainedModel`]): The policy, in evaluation mode.
@@ -84,6 +105,11 @@ class CachedTurnSampler:
         temperature (`float`): Log-probabilities are reported at this temperature.
         processors ([`~transformers.LogitsProcessorList`]): Turn logits into the sampling distribution.
         tells_entropies (`bool`): Whether samples tell entropies too, at this temperature.
+        longest_context (`float`): Longest context of an episode, in tokens, as far as is known.
+        bytes_to_come (`float`): What training will take of the device besides what it has, in bytes.
+
+    Attributes:
+        max_episodes (`float`): Episodes in the cache at most.
     """
 
     def __init__(
@@ -94,6 +120,8 @@ class CachedTurnSampler:
         temperature: float,
         processors: LogitsProcessorList,
         tells_entropies: bool = False,
+        longest_context: float = math.inf,
+        bytes_to_come: float = 0.0,
     ):
         self.model = model
         self.device = next(model.parameters()).device
@@ -102,6 +130,9 @@ class CachedTurnSampler:
         self.temperature = temperature
         self.processors = processors
         self._tells_entropies = tells_entropies
+        self._longest_context = longest_context
+        self._bytes_to_come = bytes_to_come
+        self.max_episodes = math.inf
         self._reads_history = any(isinstance(processor, READS_HISTORY) for processor in processors)
         config = model.config.get_text_config()
         self._sliding_window = getattr(config, "sliding_window", None)
@@ -110,28 +141,61 @@ class CachedTurnSampler:
         one_kind = "full_attention" if self._sliding_window is None else "sliding_attention"
         self._layer_kinds = set(getattr(config, "layer_types", None) or [one_kind])
         self._mask_dtype = model.dtype if config._attn_implementation == "eager" else torch.bool
-        self._cache = EpisodeCache(config.num_hidden_layers, self.device)
-        self._rows: list[_Row] = []  # by place
+        kind = self.device.type
+        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else model.dtype
+        self._footprint = Footprint.of(config, dtype)
+        self._num_layers, self._vocab_size = config.num_hidden_layers, config.vocab_size
+        self._cache = self._new_cache()
+        self._seed = int(torch.randint(2**62, ()))
+        self._num_begun: Counter[int] = Counter()
+        self._episodes: dict[int, _Row] = {}
+        self._rows: list[_Row] = []  # those in the cache, by place, with those of ended episodes
         self._asked: list[_Row] = []  # have new tokens that are still to be read
         self._running: list[_Row] = []
+        self._finished: list[_Row] = []  # their turns, that is
         self._idle_steps = 0  # tokens that the other rows have missed while these ran
 
+    def _new_cache(self) -> EpisodeCache:
+        return EpisodeCache(self._num_layers, self.device, self._longest_context)
+
+    def num_fitting(self) -> float:
+        """
+        How many episodes of the longest context fit into what is free of the device; ∞ on a CPU. To be asked before there are
+        any: samples a token to see what that takes.
+        """
+        if free_memory(self.device) == math.inf:
+            return math.inf
+        self.add(-1, [self.pad_token_id], 1)
+        while self.is_busy:
+            self.advance()
+        free = free_memory(self.device) - self._bytes_to_come
+        cached = self._cache.bytes_per_token
+        self.drop(-1)
+        return num_fitting(free, cached, self._num_layers, self._vocab_size, self._longest_context)
+
+    def hold_at_most(self, num_episodes: float) -> None:
+        """Have no more episodes in the cache at once."""
+        self.max_episodes = num_episodes
+
     def add(self, episode: int, new_ids: Sequence[int], max_new_tokens: int) -> None:
-        row = next((row for row in self._rows if row.episode == episode), None) or _Row(episode, [])
+        row = self._episodes.get(episode)
+        if row is None:
+            self._num_begun[episode] += 1  # a number comes again when its episode is played again
+            row = _Row(episode, [], random.Random(f"{self._seed} {episode} {self._num_begun[episode]}"))
+            self._episodes[episode] = row
         row.tokens += new_ids
         row.room = max_new_tokens
         row.token_ids, row.logprobs, row.entropies = [], [], []
         self._asked.append(row)
 
     def rewind(self, episode: int, num_tokens: int) -> None:
-        row = next(row for row in self._rows if row.episode == episode)
+        row = self._episodes[episode]
         del row.tokens[num_tokens:]
         row.num_cached = min(row.num_cached, num_tokens)
 
     def drop(self, episode: int) -> None:
-        for row in self._rows:
-            if row.episode == episode:
-                row.episode = None
+        if row := self._episodes.pop(episode, None):
+            row.episode = None
 
     def close(self) -> None:
         """Let go of the cache, also while something still holds the sampler, such as the traceback of an error."""
@@ -139,7 +203,7 @@ class CachedTurnSampler:
 
     @property
     def is_busy(self) -> bool:
-        return bool(self._asked or self._running)
+        return bool(self._running or self._ready())
 
     @property
     def wants_turns(self) -> bool:
@@ -147,32 +211,83 @@ class CachedTurnSampler:
         # until what they miss meanwhile is worth as much.
         return not self._running or self._idle_steps >= len(self._rows)
 
-    @torch.no_grad()
     def advance(self) -> list[tuple[int, Sample]]:
-        finished = self._begin_turns()
-        while self._running and not finished:
-            finished = self._sample(self._running, self._read(self._running))
-            self._idle_steps += len(self._rows) - len(self._running)
-            if self.wants_turns:
-                break
+        refused = False
+        try:
+            self._advance()
+        except RuntimeError as error:
+            if not should_reduce_batch_size(error):
+                raise
+            if len(self._in_cache()) <= 1:
+                raise MemoryError(
+                    "Out of memory with a single episode in the key/value cache, of "
+                    f"{max(len(row.tokens) for row in self._rows)} tokens: lower `max_completion_length`, or `max_turns`."
+                ) from error
+            refused = True
+        if refused:  # here nothing holds the error any more, whose frames hold what filled the memory
+            self._give_up_cache()
+        finished, self._finished = self._finished, []
         return [
             (row.episode, Sample(row.token_ids, row.logprobs, row.entropies if self._tells_entropies else None))
             for row in finished
         ]
 
-    def _begin_turns(self) -> list[_Row]:
-        """Read the new tokens of the turns that were asked for and sample the first of each; the turns it ends."""
-        asked, self._asked = self._asked, []
-        self._place([row for row in asked if row.place < 0])
+    @torch.no_grad()
+    def _advance(self) -> None:
+        self._begin_turns()
+        while self._running and not self._finished:
+            self._sample(self._running, self._read(self._running))
+            self._idle_steps += len(self._rows) - len(self._running)
+            if self.wants_turns:
+                break
+
+    def _in_cache(self) -> list[_Row]:
+        return [row for row in self._rows if row.episode is not None]
+
+    def _give_up_cache(self) -> None:
+        """Memory has run out: keep what the episodes have sampled, and begin again with half as many in the cache."""
+        rows = self._in_cache()
+        self.max_episodes = len(rows) // 2
+        self._cache.clear()
+        self._cache = self._new_cache()
+        if self.device.type != "cpu":
+            torch.get_device_module(self.device).empty_cache()
+        for row in rows:
+            row.place, row.num_cached = -1, 0
+        self._asked = self._running + self._asked
+        self._rows, self._running = [], []
+        logger.warning(
+            "Out of memory with %d episodes in the key/value cache, the longest of %d tokens. No episode is lost: from now on "
+            "at most %d are in it, and those that were are read again. `max_concurrent_episodes=%d` avoids this.",
+            len(rows),
+            max(len(row.tokens) for row in rows),
+            self.max_episodes,
+            self.max_episodes,
+        )
+
+    def _ready(self) -> list[_Row]:
+        """Turns to be read: of episodes that have a place in the cache, or for which there is one."""
+        num_free = self.max_episodes - len(self._in_cache())
+        ready = []
+        for row in self._asked:
+            if row.place < 0:
+                num_free -= 1
+            if row.place >= 0 or num_free >= 0:
+                ready.append(row)
+        return ready
+
+    def _begin_turns(self) -> None:
+        """Read the new tokens of turns that were asked for and sample the first of each."""
+        ready = self._ready()
+        self._place([row for row in ready if row.place < 0])
         self._close_ranks()
-        finished = []
-        if asked:
+        if ready:
             self._idle_steps = 0
-        for rows in _groups(asked, [len(row.tokens) - row.num_cached for row in asked]):
+        for rows in _groups(ready, [row.num_unread for row in ready]):
             logits = self._read(rows)
+            self._asked = [row for row in self._asked if row not in rows]
             self._running += rows
-            finished += self._sample(rows, logits)
-        return finished
+            self._sample(rows, logits)
 
     def _place(self, new: list[_Row]) -> None:
         """Give new episodes their places in the cache, and read their prompts, each once, but for the last token."""
@@ -213,7 +328,27 @@ class CachedTurnSampler:
             self._cache.resize(num_left)
 
     def _read(self, rows: list[_Row], leave: int = 0) -> Tensor:
-        """Put the rows' tokens that are not cached yet, less the last `leave`, into the cache; logits (rows, vocabulary)."""
+        """
+        Put the rows' tokens that are not cached yet, less the last `leave`, into the cache, in pieces of bounded memory;
+        logits (rows, vocabulary).
+        """
+        context = max(len(row.tokens) for row in rows) - leave
+        num_rows, num_tokens = self._footprint.piece(len(rows), context)
+        width = max(row.num_unread for row in rows) - leave
+        if width == 1:  # nothing is repeated, and next to nothing taken out of the cache
+            return self._forward(rows, leave)
+        logits = []
+        for first in range(0, len(rows), num_rows):
+            together = rows[first : first + num_rows]
+            width = max(row.num_unread for row in together) - leave
+            for later in range((width - 1) // num_tokens * num_tokens, 0, -num_tokens):
+                longest = [row for row in together if row.num_unread > leave + later]
+                self._forward(longest, leave + later)
+            logits.append(self._forward(together, leave))
+        return torch.cat(logits)
+
+    def _forward(self, rows: list[_Row], leave: int) -> Tensor:
+        """The same in one forward."""
         new = {row.place: row.tokens[row.num_cached : len(row.tokens) - leave] for row in rows}
         width = max(map(len, new.values()))
         # The whole cache is a view, some of its rows are a copy: rows that do nothing come along if they are the fewer.
@@ -256,8 +391,8 @@ class CachedTurnSampler:
             masks[kind] = mask
         return masks if len(masks) > 1 else mask
 
-    def _sample(self, rows: list[_Row], logits: Tensor) -> list[_Row]:
-        """Draw a token for each of the running rows from its logits, (rows, vocabulary); the turns that it ends."""
+    def _sample(self, rows: list[_Row], logits: Tensor) -> None:
+        """Draw a token for each of these running rows from its logits, (rows, vocabulary)."""
         logits = logits.float()
         if self._reads_history:
             histories = [torch.tensor([row.tokens], device=self.device) for row in rows]
@@ -265,17 +400,14 @@ class CachedTurnSampler:
             scores = torch.cat(scores)
         else:
             scores = self.processors(None, logits)
-        drawn = _draw(scores.softmax(dim=-1))  # (rows, 1)
+        drawn = _draw(scores.softmax(dim=-1), [row.number for row in rows])  # (rows, 1)
         all_logprobs = (logits / self.temperature).log_softmax(dim=-1)  # (rows, vocabulary)
-        if self._tells_entropies:
-            entropies = -(all_logprobs.exp() * all_logprobs).nansum(
-                dim=-1
-            )  # a token of probability 0 adds 0·∞, which is 0
-            for row, entropy in zip(rows, entropies.tolist(), strict=True):
-                row.entropies.append(entropy)
-        logprobs = all_logprobs.gather(1, drawn.clamp(min=0))  # (rows, 1)
-        finished = []
-        for row, token, logprob in zip(rows, drawn.flatten().tolist(), logprobs.flatten().tolist(), strict=True):
+        logprobs = all_logprobs.gather(1, drawn.clamp(min=0)).flatten().tolist()
+        entropies = [0.0] * len(rows)
+        if self._tells_entropies:  # a token of probability 0 adds 0·∞, which is 0
+            entropies = (-all_logprobs.exp() * all_logprobs).nansum(dim=-1).tolist()
+        # Memory may run out up to here, where nothing is noted yet.
+        for row, token, logprob, entropy in zip(rows, drawn.flatten().tolist(), logprobs, entropies, strict=True):
             if token < 0:
                 raise RuntimeError(
                     "There is no token to sample: the model's logits are not finite, or the generation settings suppress "
@@ -286,26 +418,29 @@ class CachedTurnSampler:
             row.tokens.append(token)
             row.token_ids.append(token)
             row.logprobs.append(logprob)
+            row.entropies.append(entropy)
+            row.number = row.numbers.random()
             row.room -= 1
             if token in self.eos_token_ids or not row.room:
-                finished.append(row)
-        self._running = [row for row in self._running if row not in finished]
-        return finished
+                self._finished.append(row)
+        self._running = [row for row in self._running if row not in self._finished]
 
 
-def _draw(probabilities: Tensor) -> Tensor:
+def _draw(probabilities: Tensor, numbers: list[float]) -> Tensor:
     """
-    A token for each row, (rows, 1), −1 if there is none as the probabilities are not finite: where the cumulated probabilities, (rows, vocabulary), pass a random number. On a
-    CPU this takes a third of the time of `torch.multinomial`, which draws a random number for every token.
+    A token for each row, (rows, 1), −1 if there is none as the probabilities are not finite: where the cumulated
+    probabilities, (rows, vocabulary), pass the row's random number of [0, 1). On a CPU this takes a third of the time of
+    `torch.multinomial`, which draws a random number for every token.
     """
     dtype = torch.float32 if probabilities.device.type == "mps" else torch.float64  # MPS has no float64
     cumulated = probabilities.cumsum(dim=-1, dtype=dtype)
-    random = torch.rand(len(probabilities), 1, dtype=dtype, device=probabilities.device)
+    numbers = torch.tensor(numbers, dtype=dtype, device=probabilities.device)[:, None]
+    numbers = numbers.clamp(max=1 - torch.finfo(dtype).eps / 2)  # rounded up to 1 it would draw what has probability 0
     # `right`: never a token of probability 0
-    drawn = torch.searchsorted(cumulated, random * cumulated[:, -1:], right=True).clamp(max=probabilities.size(1) - 1)
+    drawn = torch.searchsorted(cumulated, numbers * cumulated[:, -1:], right=True).clamp(max=probabilities.size(1) - 1)
     return drawn.where(cumulated[:, -1:].isfinite(), -1)
 
 
 def _groups(rows: list[_Row], lengths: list[int]) -> list[list[_Row]]:
-    groups = length_groups(lengths, FORWARD_OVERHEAD, MAX_FORWARD_TOKENS)
+    groups = length_groups(lengths, FORWARD_OVERHEAD)
     return [[rows[index] for index in group] for group in groups]

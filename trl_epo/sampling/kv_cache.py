@@ -1,5 +1,6 @@
 """The key/value cache of a batch of episodes: one row each, preallocated, without holes; rows come and go."""
 
+import math
 import weakref
 
 import torch
@@ -45,17 +46,7 @@ class _Layer(CacheLayerMixin):
 
     def _fitted(self, old: Tensor | None, like: Tensor) -> Tensor:
         rows, columns = self.cache.row_capacity, self.cache.column_capacity
-        try:
-            new = like.new_zeros(rows, like.size(1), columns, like.size(3))
-        except RuntimeError as error:  # torch.OutOfMemoryError is one
-            gib = (
-                2 * len(self.cache.layers) * rows * columns * like.size(1) * like.size(3) * like.element_size() / 2**30
-            )
-            fewer = f"Set `max_concurrent_episodes` below {rows}, or lower" if rows > 1 else "Not even one fits: lower"
-            raise MemoryError(
-                f"The key/value cache of {rows} episodes at once, {columns} tokens each, needs {gib:.1f} GiB on "
-                f"{like.device}, which is not free. {fewer} `max_completion_length`."
-            ) from error
+        new = like.new_zeros(rows, like.size(1), columns, like.size(3))
         if old is not None:
             rows, columns = min(rows, old.size(0)), min(columns, old.size(2))
             new[:rows, :, :columns] = old[:rows, :, :columns]
@@ -81,11 +72,13 @@ class EpisodeCache(Cache):
     Args:
         num_layers (`int`): Attention layers of the model.
         device (`torch.device`): Where the model is.
+        longest_context (`float`, *optional*): Tokens of the longest context: no buffer grows beyond it unless one is longer.
     """
 
-    def __init__(self, num_layers: int, device: torch.device):
+    def __init__(self, num_layers: int, device: torch.device, longest_context: float = math.inf):
         super().__init__(layers=[_Layer(self) for _ in range(num_layers)])
         self.device = device
+        self.longest_context = longest_context
         self.num_rows = 0
         self.row_capacity = 0
         self.column_capacity = 0
@@ -108,7 +101,7 @@ class EpisodeCache(Cache):
             extent (`int`): Columns to attend to: the largest of `columns`, and one more.
         """
         if extent > self.column_capacity:
-            wanted = max(extent, int(self.column_capacity * GROWTH))
+            wanted = max(extent, min(int(self.column_capacity * GROWTH), self.longest_context + 1))
             self.column_capacity = -(-wanted // COLUMN_STEP) * COLUMN_STEP
             self._refit()
         self.columns = columns
@@ -122,6 +115,13 @@ class EpisodeCache(Cache):
             if layer.is_initialized:
                 layer.keys[target, :, : num_tokens + 1] = layer.keys[source, :, : num_tokens + 1]
                 layer.values[target, :, : num_tokens + 1] = layer.values[source, :, : num_tokens + 1]
+
+    @property
+    def bytes_per_token(self) -> float:
+        """Of its keys and values in all layers, once there are any."""
+        layers = [layer for layer in self.layers if layer.is_initialized]
+        num_bytes = sum(layer.keys.nbytes + layer.values.nbytes for layer in layers)
+        return num_bytes / (self.row_capacity * self.column_capacity)
 
     def clear(self) -> None:
         """Let go of all memory, whoever still holds the cache. It cannot be used any more."""

@@ -1,5 +1,6 @@
 """Turns as requests of their own."""
 
+import math
 from collections.abc import Callable, Sequence
 
 from .turns import Sample
@@ -12,14 +13,28 @@ class RequestTurnSampler:
 
     Args:
         generate (`Callable`): `(prompts, max_new_tokens) -> (token ids, log-probs or None)`, each a list by prompt.
+        together (`Callable`, *optional*): `(lengths of prompts, max_new_tokens) -> places of those that are asked for
+            together`, for a backend that takes as much memory as it is asked for. `None`: all at once.
     """
 
     wants_turns = True  # a batch of requests is answered all at once
+    max_episodes = math.inf  # it keeps nothing but their tokens
 
-    def __init__(self, generate: Callable[[list[list[int]], int], tuple[list[list[int]], list[list[float]] | None]]):
+    def __init__(
+        self,
+        generate: Callable[[list[list[int]], int], tuple[list[list[int]], list[list[float]] | None]],
+        together: Callable[[list[int], int], list[list[int]]] | None = None,
+    ):
         self._generate = generate
+        self._together = together
         self._transcripts: dict[int, list[int]] = {}
         self._asked: dict[int, int] = {}  # by episode: the turn's limit
+
+    def num_fitting(self) -> float:
+        return math.inf
+
+    def hold_at_most(self, num_episodes: float) -> None:
+        self.max_episodes = num_episodes
 
     def add(self, episode: int, new_ids: Sequence[int], max_new_tokens: int) -> None:
         self._transcripts.setdefault(episode, []).extend(new_ids)
@@ -37,6 +52,16 @@ class RequestTurnSampler:
 
     def advance(self) -> list[tuple[int, Sample]]:
         asked, self._asked = self._asked, {}
+        episodes = list(asked)
+        groups = [episodes]
+        if self._together is not None:
+            lengths = [len(self._transcripts[episode]) for episode in episodes]
+            groups = [[episodes[place] for place in group] for group in self._together(lengths, max(asked.values()))]
+        finished = [sample for group in groups for sample in self._ask({episode: asked[episode] for episode in group})]
+        return sorted(finished, key=lambda sample: episodes.index(sample[0]))
+
+    def _ask(self, asked: dict[int, int]) -> list[tuple[int, Sample]]:
+        """One call of the backend for turns with these limits, by episode."""
         prompts = [list(self._transcripts[episode]) for episode in asked]
         # One limit for the batch: a row that may take fewer tokens is cut to its own.
         token_ids, logprobs = self._generate(prompts, max(asked.values()))

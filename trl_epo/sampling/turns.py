@@ -20,7 +20,21 @@ class Sample(NamedTuple):
 
 
 class TurnSampler(Protocol):
-    """What a rollout needs of a generation backend. Episodes are numbered by the caller."""
+    """
+    What a rollout needs of a generation backend. Episodes are numbered by the caller.
+
+    Attributes:
+        max_episodes (`float`): How many it can hold at once; falls when it runs out of memory. No more should be begun; those
+            that have begun it plays all the same.
+    """
+
+    max_episodes: float
+
+    def num_fitting(self) -> float:
+        """How many episodes fit into the memory that is free; ∞ if that is no matter. Asked before there are any."""
+
+    def hold_at_most(self, num_episodes: float) -> None:
+        """Set `max_episodes`."""
 
     def add(self, episode: int, new_ids: Sequence[int], max_new_tokens: int) -> None:
         """

@@ -31,11 +31,13 @@ from ..runs import (
     called_alone,
     check_rollouts,
     keep_output_precision,
+    optimizer_bytes_to_come,
     set_timeout,
     shards_with_zero3,
 )
 from ..sampling import (
     CachedTurnSampler,
+    Footprint,
     RequestTurnSampler,
     TurnSampler,
     make_logits_processors,
@@ -380,8 +382,11 @@ class SeamedGRPOTrainer(FaultTolerantGRPOTrainer):
             self._captured_entropies = None
 
     @contextmanager
-    def turn_sampler(self) -> Iterator[TurnSampler]:
-        """A sampler over the current weights; the model is in evaluation mode meanwhile."""
+    def turn_sampler(self, longest_context: float = math.inf) -> Iterator[TurnSampler]:
+        """
+        A sampler over the current weights, for contexts of up to so many tokens as far as is known; the model is in evaluation
+        mode meanwhile.
+        """
         was_training = self.model.training
         by_request = self.use_vllm or self.use_transformers_continuous_batching
         unfit = None if by_request else self._unfit_for_cached_sampler
@@ -395,7 +400,9 @@ class SeamedGRPOTrainer(FaultTolerantGRPOTrainer):
                     self.vllm_generation.sync_weights()
                     self._last_loaded_step = self.state.global_step
                 with nullcontext() if self.use_vllm else called_alone(self.model_wrapped):
-                    yield RequestTurnSampler(self._generate_request)
+                    # vLLM and continuous batching bound their cache themselves
+                    together = None if by_request else self._footprint.requests
+                    yield RequestTurnSampler(self._generate_request, together)
             finally:
                 self.model.train(was_training)
             return
@@ -420,6 +427,8 @@ class SeamedGRPOTrainer(FaultTolerantGRPOTrainer):
                     temperature=settings["temperature"],
                     processors=make_logits_processors(self.accelerator.device, **settings),
                     tells_entropies=not was_training and self.args.keep_episodes > 0,
+                    longest_context=longest_context,
+                    bytes_to_come=optimizer_bytes_to_come(self.accelerator),
                 )
                 with closing(sampler):
                     yield sampler
@@ -434,6 +443,12 @@ class SeamedGRPOTrainer(FaultTolerantGRPOTrainer):
     def _causal_lm(self, model) -> PreTrainedModel:
         model = self.accelerator.unwrap_model(model)
         return model.get_base_model() if is_peft_model(model) else model
+
+    @property
+    def _footprint(self) -> Footprint:
+        model = self._causal_lm(self.model)
+        dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(self.accelerator.mixed_precision, model.dtype)
+        return Footprint.of(model.config.get_text_config(), dtype)
 
     def _generate_request(
         self, prompts: list[list[int]], max_new_tokens: int
