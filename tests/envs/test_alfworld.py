@@ -15,6 +15,7 @@ import pytest
 from trl_epo import check_env
 from trl_epo.envs.alfworld import TASKS, AlfWorld, LocalAlfWorld, expert_actions, tasks
 from trl_epo.envs.alfworld_games import make_game, write_games
+from trl_epo.envs.fork_server import PROCESS_NAME
 
 
 REAL = Path(os.environ.get("ALFWORLD_DATA") or Path(__file__).parents[3] / "shared" / "alfworld")
@@ -22,6 +23,15 @@ needs_alfworld = pytest.mark.skipif(
     importlib.util.find_spec("alfworld") is None, reason='needs pip install "trl-epo[alfworld]"'
 )
 needs_real_games = pytest.mark.skipif(not (REAL / "json_2.1.1").is_dir(), reason=f"no ALFWorld games in {REAL}")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def cache(tmp_path_factory):
+    """A cache of translations that is empty at first."""
+    folder = tmp_path_factory.mktemp("cache")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(folder))
+        yield folder / "trl_epo" / "alfworld"
 
 
 @pytest.fixture(scope="module")
@@ -302,11 +312,11 @@ def test_several_at_once(rows):
 
 @needs_alfworld
 def test_a_killed_process_costs_its_episode(env, rows):
-    before = {child.pid for child in psutil.Process().children()}
+    before = set(psutil.Process().children(recursive=True))
     env.reset(options=rows[0])
+    new = set(psutil.Process().children(recursive=True)) - before
+    (worker,) = [child for child in new if child.name() == PROCESS_NAME]
     other = AlfWorld(rows[1]["game"])
-    new = [child for child in psutil.Process().children() if child.pid not in before]
-    (worker,) = [child for child in new if "LokyProcess" in " ".join(child.cmdline())]
     other.reset()
     os.kill(worker.pid, signal.SIGKILL)
     with pytest.raises(RuntimeError, match="process died.*call env.reset"):

@@ -15,6 +15,7 @@ from datasets import Dataset
 from faulty import Faulty
 
 from trl_epo import EPOConfig, EPOTrainer
+from trl_epo.envs.fork_server import PROCESS_NAME, SERVER_NAME
 from trl_epo.envs.process import ProcessEnv
 from trl_epo.envs.scienceworld import ScienceWorld
 from trl_epo.runs.interruption import SAME_REQUEST
@@ -78,7 +79,7 @@ def environments(trainer: psutil.Process) -> list[psutil.Process]:
     return [
         child
         for child in trainer.children(recursive=True)
-        if "java" in child.name() or "LokyProcess" in " ".join(child.cmdline())
+        if "java" in child.name() or child.name() in (PROCESS_NAME, SERVER_NAME)
     ]
 
 
