@@ -284,6 +284,45 @@ def test_same_game_same_episode(rows):
     assert runs[0] == runs[1] == runs[2]
 
 
+def stock_episodes(games):
+    """What TextWorld as it comes says to the games' solutions and to 50 random steps; in processes of its own."""
+    script = str(Path(__file__).parents[1] / "support" / "stock_alfworld.py")
+    shares = [games[n :: os.cpu_count()] for n in range(os.cpu_count())]
+    with ThreadPoolExecutor(len(shares)) as pool:
+        for output in pool.map(lambda share: subprocess.check_output([sys.executable, script, "50", *share]), shares):
+            yield from map(json.loads, output.splitlines())
+
+
+def assert_plays_as_stock(games):
+    env = LocalAlfWorld(turns=None)
+    played = []
+    for episode in stock_episodes(games):
+        observation, info = env.reset(options={"game": episode["game"]})
+        said = [[observation, info["admissible_actions"], info["success"]]]
+        for command in episode["commands"]:
+            observation, *_, info = env.step(command)
+            said.append([observation, info["admissible_actions"], info["success"]])
+        assert said == episode["states"], episode["game"]
+        played.append((episode["game"], said[-1][2]))
+    env.close()
+    assert sorted(game for game, _ in played) == sorted(2 * games)
+    assert all(won for _, won in played[::2])  # their solutions do
+    return played
+
+
+@needs_alfworld
+def test_says_what_textworld_says(generated):
+    """To the letter: observations, admissible commands and their order, success."""
+    assert_plays_as_stock(list(tasks("train", data=generated)["game"])[:3])
+
+
+@needs_alfworld
+@needs_real_games
+def test_says_what_textworld_says_in_real_games():
+    """Takes TextWorld some minutes."""
+    assert_plays_as_stock([game for split in ("train", "iid") for game in tasks(split, data=REAL)["game"]])
+
+
 @needs_alfworld
 def test_plays_as_in_one_process(env, rows):
     here = LocalAlfWorld()

@@ -75,7 +75,7 @@ def train(folder: Path) -> None:
 
 
 def environments(trainer: psutil.Process) -> list[psutil.Process]:
-    """Processes of environments: our workers and Java."""
+    """Processes of environments, the server that they are forked from, and Java."""
     return [
         child
         for child in trainer.children(recursive=True)
@@ -110,7 +110,7 @@ def test_nothing_is_left(tmp_path, end, stopped):
         assert trainer.poll() is None, log.read_text()
         of_trainer = psutil.Process(trainer.pid)
         everything = of_trainer.children(recursive=True)
-        assert len(environments(of_trainer)) == 5  # 4 workers and Java
+        assert len(environments(of_trainer)) == 6  # 4 processes, the server that forks them, and Java
         assert [os.getpgid(p.pid) == p.pid for p in environments(of_trainer) if "java" in p.name()] == [
             True
         ]  # no Ctrl-C

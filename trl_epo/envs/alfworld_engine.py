@@ -1,5 +1,5 @@
 """
-Plays an ALFWorld game as TextWorld does, to the letter, and some fifty times as fast.
+Plays an ALFWorld game as TextWorld does, to the letter, many times as fast.
 
 A game has two halves. Its rules (PDDL) are played by fast-downward's library, which knows what is possible and what
 comes of it. Its words are a grammar whose rules ask what is true just now:
@@ -24,7 +24,7 @@ from textworld.envs.pddl import logic, textgen
 from textworld.generator.game import EntityInfo
 from textworld.logic import Rule, Type, TypeHierarchy
 
-from .alfworld_translation import Translation, translate
+from .alfworld_translation import translate, translate_anew
 
 
 _NOT_UNDERSTOOD = "Nothing happens."
@@ -39,7 +39,7 @@ _libraries: list[Any] = []  # of fast-downward, loaded and not in use; each play
 
 def prepare() -> None:
     """Do once, before processes are forked, what each of them would do: load the library, parse ALFWorld's own grammar."""
-    translate("(define (domain d) (:predicates (p)))", "(define (problem q) (:domain d) (:init (p)) (:goal (p)))")
+    translate_anew("(define (domain d) (:predicates (p)))", "(define (problem q) (:domain d) (:init (p)) (:goal (p)))")
     with open(ALFRED_TWL2_PATH) as file:
         Grammar(file.read())
     _libraries.append(fast_downward.load_lib())
@@ -272,7 +272,11 @@ class Game:
                 self._types.add(Type(name, parents))
         self._atoms: dict[str, tuple[str, tuple[Term, ...]]] = {}
         self._library = _libraries.pop() if _libraries else fast_downward.load_lib()
-        self._begin()
+        try:
+            self._begin()
+        except BaseException:
+            self.close()
+            raise
         self._entities = {name: EntityInfo(name, type_) for name, type_ in self._facts.objects()}
         names = Demangler(game_infos=self._entities)
         for entity in self._entities.values():

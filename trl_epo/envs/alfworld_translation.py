@@ -44,7 +44,9 @@ def translate(domain: str, problem: str) -> Translation:
     """The translation of a PDDL domain and problem. What any process has translated before comes from the cache."""
     key = hashlib.sha256(json.dumps([FORMAT, _versions(), domain, problem]).encode()).hexdigest()
     kept = DiskCache(user_folder("alfworld"), CACHE_SIZE)
-    return Translation(**json.loads(kept.get(key, lambda: json.dumps(asdict(_translate(domain, problem))).encode())))
+    return Translation(
+        **json.loads(kept.get(key, lambda: json.dumps(asdict(translate_anew(domain, problem))).encode()))
+    )
 
 
 @cache
@@ -52,7 +54,8 @@ def _versions() -> list[str]:
     return [version(name) for name in ("fast-downward-textworld", "textworld")]
 
 
-def _translate(domain: str, problem: str) -> Translation:
+def translate_anew(domain: str, problem: str) -> Translation:
+    """The same without the cache."""
     argv = sys.argv
     try:
         task, sas = fast_downward.pddl2sas(domain, problem)
