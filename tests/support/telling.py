@@ -19,7 +19,7 @@ class Telling(TextEnv):
         info = {"pid": os.getpid(), "folder": os.getcwd(), "variable": os.environ.get("TRL_EPO_TEST")}
         info["draw"] = float(np.random.random())
         if action == "fork" and not (forked := os.fork()):
-            time.sleep(60)
+            time.sleep(600)
             os._exit(0)
         if action == "fork":
             info["forked"] = forked
