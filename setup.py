@@ -15,9 +15,9 @@ def version() -> str:
 
 REQUIREMENTS = [
     "accelerate>=1.4",
+    "cloudpickle",
     "datasets>=4.0",
     "gymnasium>=1.0",
-    "loky>=3.4",
     "numpy",
     "peft>=0.18",
     "torch>=2.13",

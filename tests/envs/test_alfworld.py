@@ -15,6 +15,7 @@ import pytest
 from trl_epo import check_env
 from trl_epo.envs.alfworld import TASKS, AlfWorld, LocalAlfWorld, expert_actions, tasks
 from trl_epo.envs.alfworld_games import make_game, write_games
+from trl_epo.envs.fork_server import PROCESS_NAME
 
 
 REAL = Path(os.environ.get("ALFWORLD_DATA") or Path(__file__).parents[3] / "shared" / "alfworld")
@@ -22,6 +23,15 @@ needs_alfworld = pytest.mark.skipif(
     importlib.util.find_spec("alfworld") is None, reason='needs pip install "trl-epo[alfworld]"'
 )
 needs_real_games = pytest.mark.skipif(not (REAL / "json_2.1.1").is_dir(), reason=f"no ALFWorld games in {REAL}")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def cache(tmp_path_factory):
+    """A cache of translations that is empty at first."""
+    folder = tmp_path_factory.mktemp("cache")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(folder))
+        yield folder / "trl_epo" / "alfworld"
 
 
 @pytest.fixture(scope="module")
@@ -274,6 +284,44 @@ def test_same_game_same_episode(rows):
     assert runs[0] == runs[1] == runs[2]
 
 
+def stock_episodes(games):
+    """What TextWorld as it comes says to the games' solutions and to 50 random steps; in processes of its own."""
+    script = str(Path(__file__).parents[1] / "support" / "stock_alfworld.py")
+    shares = [games[n :: os.cpu_count()] for n in range(os.cpu_count())]
+    with ThreadPoolExecutor(len(shares)) as pool:
+        for output in pool.map(lambda share: subprocess.check_output([sys.executable, script, "50", *share]), shares):
+            yield from map(json.loads, output.splitlines())
+
+
+def assert_plays_as_stock(games):
+    env = LocalAlfWorld(turns=None)
+    played = []
+    for episode in stock_episodes(games):
+        observation, info = env.reset(options={"game": episode["game"]})
+        said = [[observation, info["admissible_actions"], info["success"]]]
+        for command in episode["commands"]:
+            observation, *_, info = env.step(command)
+            said.append([observation, info["admissible_actions"], info["success"]])
+        assert said == episode["states"], episode["game"]
+        played.append((episode["game"], said[-1][2]))
+    env.close()
+    assert sorted(game for game, _ in played) == sorted(2 * games)
+    assert all(won for _, won in played[::2])  # their solutions do
+
+
+@needs_alfworld
+def test_says_what_textworld_says(generated):
+    """To the letter: observations, admissible commands and their order, success."""
+    assert_plays_as_stock(list(tasks("train", data=generated)["game"])[:3])
+
+
+@needs_alfworld
+@needs_real_games
+def test_says_what_textworld_says_in_real_games():
+    """Takes TextWorld some minutes."""
+    assert_plays_as_stock([game for split in ("train", "iid") for game in tasks(split, data=REAL)["game"]])
+
+
 @needs_alfworld
 def test_plays_as_in_one_process(env, rows):
     here = LocalAlfWorld()
@@ -302,11 +350,11 @@ def test_several_at_once(rows):
 
 @needs_alfworld
 def test_a_killed_process_costs_its_episode(env, rows):
-    before = {child.pid for child in psutil.Process().children()}
+    before = set(psutil.Process().children(recursive=True))
     env.reset(options=rows[0])
+    new = set(psutil.Process().children(recursive=True)) - before
+    (worker,) = [child for child in new if child.name() == PROCESS_NAME]
     other = AlfWorld(rows[1]["game"])
-    new = [child for child in psutil.Process().children() if child.pid not in before]
-    (worker,) = [child for child in new if "LokyProcess" in " ".join(child.cmdline())]
     other.reset()
     os.kill(worker.pid, signal.SIGKILL)
     with pytest.raises(RuntimeError, match="process died.*call env.reset"):
@@ -321,8 +369,10 @@ def test_a_killed_process_costs_its_episode(env, rows):
 @needs_alfworld
 def test_benchmark():
     script = Path(__file__).parents[2] / "examples" / "benchmarks" / "alfworld_speed.py"
-    command = [sys.executable, str(script), "--generate", "3", "--environments", "2"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    sizes = ["--games", "2", "--steps", "5", "--environments", "2", "--stock_environments", "1"]
+    command = [sys.executable, str(script), "--generate", *sizes]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.startswith("3 games, 2 environments; solved: 3\n")
-    assert len(done.stdout.splitlines()) == 5
+    assert done.stdout.startswith("2 games, 10 random steps")
+    assert "the answers are the same" in done.stdout
+    assert len(done.stdout.splitlines()) == 10

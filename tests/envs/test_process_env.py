@@ -1,31 +1,28 @@
 """Environments in processes of their own: real processes, really killed."""
 
+import gc
 import os
 import signal
 import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import psutil
 import pytest
-from conftest import Corridor
+from conftest import wait_for
+from telling import Odd, Telling
 
 from trl_epo import check_env
+from trl_epo.envs import fork_server
 from trl_epo.envs.base import EnvironmentDied
+from trl_epo.envs.fork_server import PROCESS_NAME, SERVER_NAME
 from trl_epo.envs.household import Household
 from trl_epo.envs.process import ProcessEnv
 from trl_epo.rollouts.environment_pool import EnvironmentWorker
 
 
-class Telling(Corridor):
-    """Tells about its process."""
-
-    def step(self, action):
-        *answer, info = super().step(action)
-        return *answer, {**info, "pid": os.getpid()}
-
-
 @pytest.fixture
 def env():
-    env = ProcessEnv(lambda: Telling(length=99))
+    env = ProcessEnv(Telling)
     yield env
     env.close()
 
@@ -53,20 +50,17 @@ def test_a_process_of_its_own_that_ends_with_it(env):
     env.reset(seed=1)
     assert env.step("r")[-1]["pid"] == pid
     env.close()
-    assert not psutil.pid_exists(pid)
+    assert wait_for(lambda: not psutil.pid_exists(pid))
     env.close()  # a second time does nothing
     env.reset(seed=0)  # and it may be used again
     assert env.step("r")[-1]["pid"] != pid
 
 
-def test_the_process_does_not_import_torch():
-    env = ProcessEnv(Household)
-    before = psutil.Process().children()
+def test_neither_process_nor_server_imports_torch(env):
     env.reset(seed=0)
-    started = set(psutil.Process().children()).difference(before)
-    (worker,) = [child for child in started if "LokyProcess" in " ".join(child.cmdline())]
-    assert worker.memory_info().rss < 150 * 2**20
-    env.close()
+    process = psutil.Process(env.step("r")[-1]["pid"])
+    assert (process.name(), process.parent().name()) == (PROCESS_NAME, SERVER_NAME)
+    assert max(process.memory_info().rss, process.parent().memory_info().rss) < 150 * 2**20
 
 
 def test_a_killed_process_costs_its_episode(env):
@@ -77,7 +71,7 @@ def test_a_killed_process_costs_its_episode(env):
             env.step("r")
     with pytest.raises(RuntimeError, match="call env.reset"):
         env.step("r")
-    assert env.reset(seed=0)[0].startswith("You are at")
+    assert env.reset(seed=0)[0].startswith("You are")
 
 
 def test_a_schedulers_sigterm_to_every_process_is_not_for_it(env):
@@ -110,29 +104,6 @@ def test_an_exception_is_the_environments_own():
     env.close()
 
 
-class TwoArguments(Exception):
-    """As many exceptions are: pickled with the arguments of `Exception`, which are not its own."""
-
-    def __init__(self, code, text):
-        super().__init__(f"{code}: {text}")
-
-
-class NoNumber:
-    def __reduce__(self):
-        return int, ("no number",)
-
-
-class Odd(Corridor):
-    """What it raises and answers cannot be unpickled."""
-
-    def step(self, action):
-        if action == "raise":
-            raise TwoArguments(7, "no more ink")
-        if action == "answer":
-            return "", 0.0, False, False, {"place": NoNumber()}
-        return "", 0.0, False, False, {"pid": os.getpid()}
-
-
 def test_what_cannot_be_unpickled_is_not_taken_for_a_dead_process():
     env = ProcessEnv(Odd)
     env.reset(seed=0)
@@ -161,3 +132,88 @@ def test_in_a_forked_child():
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
     assert env.step("look")
     env.close()
+
+
+def server_of(env):
+    return psutil.Process(env.step("look")[-1]["pid"]).parent()
+
+
+def test_a_killed_server_costs_the_episodes_of_its_processes(env):
+    env.reset(seed=0)
+    old = server_of(env)
+    old.kill()
+    with pytest.raises(EnvironmentDied):
+        for _ in range(5):
+            env.step("look")
+    env.reset(seed=0)
+    assert server_of(env) != old
+
+
+def test_a_server_that_hangs_is_replaced(env):
+    playing = ProcessEnv(Telling)
+    playing.reset(seed=0)
+    server = server_of(playing)
+    server.suspend()
+    with ThreadPoolExecutor(1) as pool:
+        start = pool.submit(env.reset, seed=0)
+        assert wait_for(lambda: env._process is not None)
+        env.interrupt()  # as the trainer does after `env_timeout`
+        with pytest.raises(EnvironmentDied):
+            start.result()
+    env.reset(seed=0)
+    assert server_of(env) != server
+    assert server_of(playing) == server  # whose processes play on
+    playing.close()
+    del playing
+    assert wait_for(lambda: not server.is_running())
+
+
+def test_a_process_that_nobody_holds_any_more_ends():
+    env = ProcessEnv(Telling)
+    env.reset(seed=0)
+    process = psutil.Process(env.step("look")[-1]["pid"])
+    del env
+    gc.collect()
+    assert wait_for(lambda: not process.is_running())
+
+
+def test_a_death_is_noticed_while_others_have_its_socket(env):
+    """As when the environment itself forks."""
+    env.reset(seed=0)
+    forked = env.step("fork")[-1]["forked"]
+    os.kill(env.step("look")[-1]["pid"], signal.SIGKILL)
+    with ThreadPoolExecutor(1) as pool:
+        answers = [pool.submit(env.step, "look") for _ in range(5)]
+        in_time = wait_for(lambda: all(answer.done() for answer in answers), 60)
+        os.kill(forked, signal.SIGKILL)
+    assert in_time
+    assert isinstance(answers[0].exception() or answers[1].exception(), EnvironmentDied)
+
+
+def test_surroundings_are_those_of_now(env, tmp_path, monkeypatch):
+    env.reset(seed=0)  # there is a server
+    before = env.step("look")[-1]
+    env.close()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("TRL_EPO_TEST", "now")
+    env.reset(seed=0)
+    now = env.step("look")[-1]
+    assert (now["folder"], now["variable"]) == (str(tmp_path), "now")
+    assert before["variable"] is None
+    assert before["draw"] != now["draw"]  # numpy's generator is not a copy of the server's
+
+
+def test_without_a_server(env, monkeypatch):
+    """As where the system has no safe fork."""
+    monkeypatch.setattr(fork_server, "CAN_FORK", False)
+    env.reset(seed=0)
+    pid = env.step("look")[-1]["pid"]
+    assert server_of(env).pid == os.getpid()
+    os.kill(pid, signal.SIGKILL)
+    with pytest.raises(EnvironmentDied):
+        for _ in range(5):
+            env.step("look")
+    env.reset(seed=0)
+    process = psutil.Process(env.step("look")[-1]["pid"])
+    env.close()
+    assert not process.is_running()

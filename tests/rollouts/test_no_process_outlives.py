@@ -15,6 +15,7 @@ from datasets import Dataset
 from faulty import Faulty
 
 from trl_epo import EPOConfig, EPOTrainer
+from trl_epo.envs.fork_server import PROCESS_NAME, SERVER_NAME
 from trl_epo.envs.process import ProcessEnv
 from trl_epo.envs.scienceworld import ScienceWorld
 from trl_epo.runs.interruption import SAME_REQUEST
@@ -74,11 +75,11 @@ def train(folder: Path) -> None:
 
 
 def environments(trainer: psutil.Process) -> list[psutil.Process]:
-    """Processes of environments: our workers and Java."""
+    """Processes of environments, the server that they are forked from, and Java."""
     return [
         child
         for child in trainer.children(recursive=True)
-        if "java" in child.name() or "LokyProcess" in " ".join(child.cmdline())
+        if "java" in child.name() or child.name() in (PROCESS_NAME, SERVER_NAME)
     ]
 
 
@@ -109,7 +110,7 @@ def test_nothing_is_left(tmp_path, end, stopped):
         assert trainer.poll() is None, log.read_text()
         of_trainer = psutil.Process(trainer.pid)
         everything = of_trainer.children(recursive=True)
-        assert len(environments(of_trainer)) == 5  # 4 workers and Java
+        assert len(environments(of_trainer)) == 6  # 4 processes, the server that forks them, and Java
         assert [os.getpgid(p.pid) == p.pid for p in environments(of_trainer) if "java" in p.name()] == [
             True
         ]  # no Ctrl-C

@@ -9,14 +9,14 @@ own, `trl_epo.envs.alfworld_games` makes small ones.
     > take mug 1 from countertop 1
     You pick up the mug 1 from the countertop 1.
 
-TextWorld's parser keeps state of its process and is not safe with threads, and its translator of PDDL takes standard
-output and `sys.argv` for itself, so that each `AlfWorld` has a process of its own.
+`alfworld_engine` plays a game. TextWorld's parsers keep state of their process and are not safe with threads, and the
+translator of PDDL takes standard output for itself, so that each `AlfWorld` has a process of its own.
 """
 
 import json
 import os
 from collections.abc import Sequence
-from functools import lru_cache, partial
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -132,8 +132,7 @@ def _read(game: Path) -> dict[str, Any]:
 
 class LocalAlfWorld(TextEnv):
     """
-    An ALFWorld game in this process, for one thread at a time; loading it changes `sys.argv`. To train, use `AlfWorld`,
-    which takes the same arguments.
+    An ALFWorld game in this process, for one thread at a time. To train, use `AlfWorld`, which takes the same arguments.
     """
 
     def __init__(
@@ -147,8 +146,8 @@ class LocalAlfWorld(TextEnv):
         self.game = game
         self.turns = turns
         self.instructions = instructions
-        self._world: Any = None
-        self._loaded: Path | None = None  # the game the world is of
+        self._played: Any = None  # a `Game`
+        self._loaded: Path | None = None  # its file
         self._running = False
         self._turn = 0
 
@@ -161,41 +160,42 @@ class LocalAlfWorld(TextEnv):
             raise ValueError('no game: give one as AlfWorld(game=…) or reset(options={"game": …}), a row of `tasks`')
         self._running = False
         self._load(Path(game).expanduser().absolute())
-        state = self._world.reset()
+        observation = self._played.reset()
         self._turn = 0
         self._running = True
-        return state.feedback, self._info(state, invalid_action=False)
+        return observation, self._info(invalid_action=False)
 
     def step(self, action: str) -> tuple[str, float, bool, bool, dict[str, Any]]:
         if not self._running:
             raise RuntimeError("no episode is running: it has ended or was never begun. Call env.reset() first.")
         self._running = False  # should the game fail
-        state, _, terminated = self._world.step(" ".join(action.lower().split()))
+        observation = self._played.step(" ".join(action.lower().split()))
+        terminated = self._played.won
         self._turn += 1
         truncated = not terminated and self._turn == self.turns
         self._running = not (terminated or truncated)
-        info = self._info(state, invalid_action=state.feedback == _NOT_UNDERSTOOD)
-        return state.feedback, float(info["success"]), terminated, truncated, info
+        info = self._info(invalid_action=observation == _NOT_UNDERSTOOD)
+        return observation, float(terminated), terminated, truncated, info
 
     def close(self) -> None:
-        self._world = self._loaded = None
+        if self._played is not None:
+            self._played.close()
+        self._played = self._loaded = None
         self._running = False
 
     def _load(self, game: Path) -> None:
         if game == self._loaded:
             return
         contents = _read(game)
-        if self._world is None:
-            self._world = _new_world()
-        self._loaded = None  # should the game fail
-        self._world.load(contents)
+        self.close()
+        self._played = _new_game(contents)
         self._loaded = game
 
-    def _info(self, state: Any, invalid_action: bool) -> dict[str, Any]:
+    def _info(self, invalid_action: bool) -> dict[str, Any]:
         info = {
-            "success": state["won"],
+            "success": self._played.won,
             "invalid_action": invalid_action,
-            "admissible_actions": list(state["admissible_commands"]),
+            "admissible_actions": list(self._played.admissible_commands),
             "game": str(self._loaded),
         }
         if (task := _task_of(self._loaded)) in TASKS:
@@ -203,32 +203,18 @@ class LocalAlfWorld(TextEnv):
         return info
 
 
-def _new_world() -> Any:
+def _new_game(contents: dict[str, Any]) -> Any:
     try:
-        from alfworld.agents.environment.alfred_tw_env import AlfredDemangler
-        from textworld import EnvInfos
-        from textworld.envs.pddl import PddlEnv
-
-        return AlfredDemangler(PddlEnv(EnvInfos(won=True, admissible_commands=True)))
+        from .alfworld_engine import Game
     except ImportError as error:
         raise missing(error.name or "fast_downward") from error
-
-
-def _start_process(game: str | os.PathLike | None, turns: int | None) -> LocalAlfWorld:
-    """Makes the environment of an `AlfWorld`, in its process."""
-    try:
-        import fast_downward
-    except ImportError as error:
-        raise missing(error.name) from error
-    # TextWorld has a game's two forms (one for its planner) translated at load and again at each reset: most of the time
-    # of a reset. Here, where nothing else runs, they are kept.
-    fast_downward.pddl2sas = lru_cache(maxsize=2)(fast_downward.pddl2sas)
-    return LocalAlfWorld(game, turns)
+    return Game(contents)
 
 
 class AlfWorld(ProcessEnv):
     """
-    An ALFWorld game in a process of its own (110 to 170 MB), which starts with the first reset and ends with `close`.
+    An ALFWorld game in a process of its own, which starts with the first reset and ends with `close`. On Linux all of
+    them share the memory of TextWorld.
 
     ```python
     trainer = EPOTrainer(..., train_dataset=tasks("train"), environment_factory=AlfWorld)
@@ -250,6 +236,7 @@ class AlfWorld(ProcessEnv):
     """
 
     instructions: str | None = None  # without a process
+    _preload = "trl_epo.envs.alfworld_engine:prepare"
 
     def __init__(
         self,
@@ -259,7 +246,7 @@ class AlfWorld(ProcessEnv):
     ):
         LocalAlfWorld(game, turns)  # complains here, not in the process
         self.instructions = instructions
-        super().__init__(partial(_start_process, game, turns))
+        super().__init__(partial(LocalAlfWorld, game, turns))
         self._game: str | None = None  # of the last reset
 
     def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[str, dict[str, Any]]:
