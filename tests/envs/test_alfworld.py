@@ -3,10 +3,12 @@
 import importlib.util
 import json
 import os
+import random
 import signal
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from pathlib import Path
 
 import psutil
@@ -222,6 +224,27 @@ def test_expert_succeeds(env, rows):
         assert not any(step[4]["invalid_action"] for step in steps)
         with pytest.raises(RuntimeError, match="it has ended"):
             env.step("look")
+
+
+@needs_alfworld
+@pytest.mark.parametrize("make", [LocalAlfWorld, AlfWorld])
+def test_the_expert_goes_on_after_mistakes(generated, make):
+    """Its first plan is the game's solution; after anything else it plans anew."""
+    draw = random.Random(0)
+    for row in tasks("train", data=generated).select(range(0, 12, 4)):
+        with closing(make()) as env:
+            _, info = env.reset(options=row)
+            assert env.expert_action() == expert_actions(row["game"])[0]
+            for _ in range(6):
+                *_, info = env.step(draw.choice([a for a in info["admissible_actions"] if a.startswith("go to")]))
+            env.step("nonsense")
+            steps = 0
+            while not info["success"]:
+                *_, info = env.step(env.expert_action())
+                steps += 1
+            assert steps <= 12
+    with pytest.raises(RuntimeError, match="env.reset"):
+        make().expert_action()
 
 
 @needs_real_games

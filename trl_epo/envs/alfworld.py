@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .base import TextEnv
-from .process import ProcessEnv
+from .process import ProcessEnv, call_method
 
 
 if TYPE_CHECKING:
@@ -150,6 +150,8 @@ class LocalAlfWorld(TextEnv):
         self._loaded: Path | None = None  # its file
         self._running = False
         self._turn = 0
+        self._walkthrough: list[str] = []  # the solution that comes with the game
+        self._plan: list[str] = []  # of the expert, from here on
 
     def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[str, dict[str, Any]]:
         super().reset(seed=seed)
@@ -162,6 +164,7 @@ class LocalAlfWorld(TextEnv):
         self._load(Path(game).expanduser().absolute())
         observation = self._played.reset()
         self._turn = 0
+        self._plan = list(self._walkthrough)
         self._running = True
         return observation, self._info(invalid_action=False)
 
@@ -169,13 +172,27 @@ class LocalAlfWorld(TextEnv):
         if not self._running:
             raise RuntimeError("no episode is running: it has ended or was never begun. Call env.reset() first.")
         self._running = False  # should the game fail
-        observation = self._played.step(" ".join(action.lower().split()))
+        command = " ".join(action.lower().split())
+        observation = self._played.step(command)
+        self._plan = self._plan[1:] if self._plan[:1] == [command] else []
         terminated = self._played.won
         self._turn += 1
         truncated = not terminated and self._turn == self.turns
         self._running = not (terminated or truncated)
         info = self._info(invalid_action=observation == _NOT_UNDERSTOOD)
         return observation, float(terminated), terminated, truncated, info
+
+    def expert_action(self) -> str:
+        """
+        The next command of an expert that knows where everything is: of the solution that comes with the game, and where
+        that was not followed, of a plan by fast-downward from here.
+        """
+        if not self._running:
+            raise RuntimeError("no episode is running: it has ended or was never begun. Call env.reset() first.")
+        self._plan = self._plan or self._played.solution()
+        if not self._plan:
+            raise RuntimeError("there is no way from here to the goal.")
+        return self._plan[0]
 
     def close(self) -> None:
         if self._played is not None:
@@ -189,6 +206,7 @@ class LocalAlfWorld(TextEnv):
         contents = _read(game)
         self.close()
         self._played = _new_game(contents)
+        self._walkthrough = contents.get("walkthrough", [])
         self._loaded = game
 
     def _info(self, invalid_action: bool) -> dict[str, Any]:
@@ -254,8 +272,8 @@ class AlfWorld(ProcessEnv):
         self._game = info["game"]
         return observation, info
 
-    def expert_actions(self) -> list[str]:
-        """The solution that comes with the current game, from its first observation on."""
+    def expert_action(self) -> str:
+        """The next command of an expert; see [`LocalAlfWorld.expert_action`]."""
         if self._game is None:
-            raise RuntimeError("there is no current game: call env.reset() first.")
-        return expert_actions(self._game)
+            raise RuntimeError("no episode is running: call env.reset() first.")
+        return self._ask(call_method, "expert_action")

@@ -24,7 +24,7 @@ from textworld.envs.pddl import logic, textgen
 from textworld.generator.game import EntityInfo
 from textworld.logic import Rule, Type, TypeHierarchy
 
-from .alfworld_translation import translate, translate_anew
+from .alfworld_translation import translate, translate_anew, translate_for_planner
 
 
 _NOT_UNDERSTOOD = "Nothing happens."
@@ -264,7 +264,8 @@ class Game:
     """
 
     def __init__(self, contents: dict[str, Any]):
-        self._translation = translate(contents["pddl_domain"], contents["pddl_problem"])
+        self._domain, self._problem = contents["pddl_domain"], contents["pddl_problem"]
+        self._translation = translate(self._domain, self._problem)
         self._grammar = Grammar(contents["grammar"])
         self._types = TypeHierarchy()
         for name, parents in self._translation.types:
@@ -307,8 +308,20 @@ class Game:
         self._look_what_is_possible()
         return observation
 
+    def solution(self) -> list[str]:
+        """Commands that reach the goal from here, by fast-downward's planner; none if it finds no way."""
+        if not self._can_plan:
+            self._library.load_sas_replan(translate_for_planner(self._domain, self._problem).encode())
+            self._can_plan = True
+        if not self._library.replan(False):
+            return []
+        operators = (fast_downward.Operator * self._library.get_last_plan_length())()
+        self._library.get_last_plan(operators)
+        return [self._command(operator) for operator in operators]
+
     def _begin(self) -> None:
         self._library.load_sas(self._translation.sas.encode())
+        self._can_plan = False
         self._facts = Facts(self._types)
         for name, *arguments in self._translation.facts:
             self._facts.add(name, self._typed(arguments))
@@ -333,10 +346,12 @@ class Game:
         self._library.get_applicable_operators(operators)
         self._operators: dict[str, fast_downward.Operator] = {}  # of several with one command, the first
         for operator in operators:
-            template = self._grammar.templates[operator.name.split()[0]]
-            command = self._grammar.say(template, self._facts, self._entities, self._mapping(operator))
-            self._operators.setdefault(command, operator)
+            self._operators.setdefault(self._command(operator), operator)
         self.admissible_commands = sorted(self._operators)
+
+    def _command(self, operator: fast_downward.Operator) -> str:
+        template = self._grammar.templates[operator.name.split()[0]]
+        return self._grammar.say(template, self._facts, self._entities, self._mapping(operator))
 
     def _mapping(self, operator: fast_downward.Operator) -> Mapping:
         action, *arguments = operator.name.split()

@@ -6,6 +6,7 @@ kept on disk, for every process and every run.
 import hashlib
 import json
 import sys
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import cache
 from importlib.metadata import version
@@ -42,11 +43,18 @@ class Translation:
 
 def translate(domain: str, problem: str) -> Translation:
     """The translation of a PDDL domain and problem. What any process has translated before comes from the cache."""
-    key = hashlib.sha256(json.dumps([FORMAT, _versions(), domain, problem]).encode()).hexdigest()
+    return Translation(**_kept("game", domain, problem, lambda: asdict(translate_anew(domain, problem))))
+
+
+def translate_for_planner(domain: str, problem: str) -> str:
+    """The same in the planner's format, as its planner wants it; from the cache, too."""
+    return _kept("planner", domain, problem, lambda: _pddl2sas(domain, problem, optimize=True)[1])
+
+
+def _kept(what: str, domain: str, problem: str, make: Callable[[], Any]) -> Any:
+    key = hashlib.sha256(json.dumps([FORMAT, _versions(), what, domain, problem]).encode()).hexdigest()
     kept = DiskCache(user_folder("alfworld"), CACHE_SIZE)
-    return Translation(
-        **json.loads(kept.get(key, lambda: json.dumps(asdict(translate_anew(domain, problem))).encode()))
-    )
+    return json.loads(kept.get(key, lambda: json.dumps(make()).encode()))
 
 
 @cache
@@ -56,11 +64,7 @@ def _versions() -> list[str]:
 
 def translate_anew(domain: str, problem: str) -> Translation:
     """The same without the cache."""
-    argv = sys.argv
-    try:
-        task, sas = fast_downward.pddl2sas(domain, problem)
-    finally:
-        sys.argv = argv  # the translator takes it for its own
+    task, sas = _pddl2sas(domain, problem)
     return Translation(
         sas=sas,
         types=[[type_.name, list(type_.supertype_names)] for type_ in task.types],
@@ -72,6 +76,14 @@ def translate_anew(domain: str, problem: str) -> Translation:
         },
         facts=[fact for each in task.init if (fact := _fact(each))],
     )
+
+
+def _pddl2sas(domain: str, problem: str, **kwargs) -> tuple[Any, str]:
+    argv = sys.argv
+    try:
+        return fast_downward.pddl2sas(domain, problem, **kwargs)
+    finally:
+        sys.argv = argv  # the translator takes it for its own
 
 
 def _fact(element: Any) -> list[str] | None:

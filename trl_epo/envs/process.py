@@ -146,3 +146,8 @@ def _instructions() -> str | None:
 
 def _step(action: str) -> Any:
     return _env.step(action)
+
+
+def call_method(name: str) -> Any:
+    """What a method of the environment returns."""
+    return getattr(_made().unwrapped, name)()
