@@ -2,6 +2,7 @@
 
 import json
 import os
+import runpy
 import shutil
 import subprocess
 import sys
@@ -9,6 +10,9 @@ from pathlib import Path
 
 import pytest
 from conftest import make_model
+
+from trl_epo.sampling.memory import LOGIT_BYTES, PIECE_BYTES
+from trl_epo.seams.trl import CPU_HEAD_TILE
 
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
@@ -144,6 +148,16 @@ def test_benchmark_of_the_training_step(tmp_path):
     assert (equal["lengths"], ragged["lengths"]) == ("equal", "ragged")
     assert min(equal["ours_cpu_s"], equal["trl_cpu_s"], ragged["ours_cpu_s"], ragged["trl_cpu_s"]) > 0
     assert "epo_term_cpu_s" in equal
+
+
+def test_benchmark_of_memory(tmp_path, monkeypatch):
+    """The formula reckons with the package's own constants, which are not public."""
+    monkeypatch.syspath_prepend(EXAMPLES / "benchmarks")
+    benchmark = runpy.run_path(str(EXAMPLES / "benchmarks" / "memory.py"))
+    assert benchmark["CPU_HEAD_TILE"] == CPU_HEAD_TILE
+    assert (benchmark["LOGIT_BYTES"], benchmark["PIECE_BYTES"]) == (LOGIT_BYTES, PIECE_BYTES)
+    stdout = call("benchmarks/memory.py", "--measure", "false")
+    assert all(size in stdout for size in ("0.5B", "1.5B", "3B", "7B"))
 
 
 def test_benchmark_of_contexts(tmp_path):

@@ -106,7 +106,7 @@ class TestTraining:
         # One turn decides: a text with an "r" is a step to the door, any other one leads away from it.
         dataset = Dataset.from_dict({"length": [1] * 4})
         kwargs = {"max_turns": 1, "max_turn_length": 2, "max_steps": 40, "per_device_train_batch_size": 16}
-        trainer = make_trainer(tmp_path, tokenizer, dataset=dataset, num_train_epochs=1, **kwargs, seed=1)
+        trainer = make_trainer(tmp_path, tokenizer, dataset=dataset, num_train_epochs=1, **kwargs, seed=2)
         trainer.train()
         rates = [entry["episode/success_rate"] for entry in logs(trainer)]
         assert sum(rates[-3:]) / 3 > sum(rates[:3]) / 3 + 0.5

@@ -27,13 +27,12 @@ from trl import TrlParser
 from trl_epo import EPOConfig, EPOTrainer
 from trl_epo.envs import TextEnv
 from trl_epo.sampling import Footprint
-from trl_epo.sampling.memory import LOGIT_BYTES, PIECE_BYTES
-from trl_epo.seams.trl import CPU_HEAD_TILE
 
 
 GIB = 2**30
 LORA = LoraConfig(r=16, target_modules="all-linear", task_type="CAUSAL_LM")
-GPU_HEAD_TILE, HEAD_POSITIONS = 32_768, 4096  # of TRL's fused head
+CPU_HEAD_TILE, GPU_HEAD_TILE, HEAD_POSITIONS = 1024, 32_768, 4096  # of the fused head, ours on CPUs and TRL's
+LOGIT_BYTES, PIECE_BYTES = 32, 2 * GIB  # of the sampler: a token's logits while one is drawn; what is read at once
 ACTION_SHARE = 0.16  # of an episode's tokens, as in train_step.py
 OBSERVATION = 100  # tokens that are read at once after the first prompt, by each episode
 # The published sizes of Qwen2.5

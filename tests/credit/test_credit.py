@@ -438,7 +438,7 @@ class TestCritic:
 
     def test_it_learns_with_its_own_rate(self, tmp_path, tokenizer):
         trainer = make_trainer(
-            tmp_path, tokenizer, factory=Foretold, advantage_estimator="gae", max_steps=30, critic_learning_rate=3e-3,
+            tmp_path, tokenizer, factory=Foretold, advantage_estimator="gae", max_steps=60, critic_learning_rate=3e-3,
             learning_rate=0.0, lr_scheduler_type="constant", per_device_train_batch_size=16,
         )  # fmt: skip
         before = weights(trainer)

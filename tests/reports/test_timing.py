@@ -156,7 +156,13 @@ def test_attempts_that_are_given_up_were_sampled_too(tmp_path):
     trainer = make_trainer(tmp_path, factory=Flat, filter_zero_variance_groups="resample", max_steps=1)
     rollouts = []
     play = trainer._player._play
-    trainer._player._play = lambda *args: rollouts.append(play(*args)) or rollouts[-1]
+
+    def kept(*args):
+        episodes = play(*args)
+        rollouts.append(list(episodes))  # the first list gets the groups that are played again
+        return episodes
+
+    trainer._player._play = kept
     trainer.train()
     assert len(rollouts) == 4
     num_tokens = sum(len(turn.action_ids) for episodes in rollouts for each in episodes for turn in each.turns)

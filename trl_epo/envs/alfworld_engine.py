@@ -10,6 +10,7 @@ TextWorld parses these texts again each time that it says something, and copies 
 each text is parsed once in the life of a process, by TextWorld's own parsers. Nothing of TextWorld is changed.
 """
 
+import ast
 import json
 import re
 from collections import defaultdict
@@ -33,6 +34,8 @@ Term = tuple[str, str]  # name and type, of an object or of a placeholder for on
 Mapping = dict[Term, Term]  # placeholder -> object
 
 _TASK = re.compile(r'"task":\s*\[\s*{\s*"rhs":\s*("(?:[^"\\]|\\.)*")\s*}\s*]')
+
+_WORDS = ("id", "name", "definite", "indefinite")  # of an object, that a text may ask for
 
 _libraries: list[Any] = []  # of fast-downward, loaded and not in use; each plays one game at a time
 
@@ -68,8 +71,27 @@ def _query(text: str) -> tuple[Predicate, ...]:
 
 
 @lru_cache(maxsize=10_000)
-def _expression(text: str) -> Any:
-    return compile(text.lstrip(), "<grammar>", "eval")
+def _expression(text: str) -> ast.expr:
+    return ast.parse(text.strip(), mode="eval").body
+
+
+def _value(expression: ast.expr, entities: dict[str, EntityInfo]) -> Any:
+    """
+    What an expression of a grammar says, such as `o.indefinite + ' ' + o.name`: texts, objects, what these are called, sums
+    and alternatives. TextWorld would run any Python that a game's file holds.
+    """
+    match expression:
+        case ast.Constant(value=str() as text):
+            return text
+        case ast.Name(id=name):
+            return entities[name]
+        case ast.Attribute(value=ast.Name(id=name), attr=attribute) if attribute in _WORDS:
+            return getattr(entities[name], attribute)
+        case ast.BinOp(left=left, op=ast.Add(), right=right):
+            return _value(left, entities) + _value(right, entities)
+        case ast.BoolOp(op=ast.Or(), values=values):
+            return next(filter(None, said := [_value(each, entities) for each in values]), said[-1])
+    raise NotImplementedError(f"The grammar's expression {ast.unparse(expression)!r} is none of ALFWorld's")
 
 
 class _Document(logic._ModelConverter):
@@ -141,7 +163,7 @@ class Grammar:
             return str(symbol)
         if isinstance(symbol, textgen.EvalSymbol):
             values = {name: entities[value] for (name, _), (value, _) in mapping.items()}
-            return str(eval(_expression(symbol.expression), {}, values))
+            return str(_value(_expression(symbol.expression), values))
         if isinstance(symbol, textgen.NonterminalSymbol):
             return "".join(self._say(part, *known) for part in self._rule(symbol, facts, mapping))
         if isinstance(symbol, textgen.ConditionalSymbol):
