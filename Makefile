@@ -13,7 +13,7 @@ demo: $(VENV)/installed
 	$(BIN)/python examples/quickstart.py --output_dir runs/quickstart
 
 test: $(VENV)/installed
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 check: $(VENV)/installed
 	$(BIN)/ruff check .

@@ -44,6 +44,7 @@ EXTRAS["dev"] = [
     "ipykernel",
     "psutil",
     "pytest",
+    "pytest-xdist",
     "ruff==0.17.6",
     "selenium>=4.20",
 ]
