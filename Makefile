@@ -21,9 +21,9 @@ check: $(VENV)/installed
 	$(BIN)/ruff format --check .
 	$(BIN)/lint-imports
 
-# Strict: a broken link, anchor or name is an error. (Signatures are laid out by ruff.)
+# Strict: a broken link, anchor or name is an error.
 docs: $(VENV)/installed
-	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/zensical build --strict --clean
+	$(BIN)/zensical build --strict --clean
 
 $(VENV)/installed: setup.py
 	$(PYTHON) -m venv $(VENV)
