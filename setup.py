@@ -34,18 +34,19 @@ EXTRAS = {
     "textarena": ["textarena>=0.7.4,<0.8"],
     "openenv": ["openenv>=0.10,<0.11"],
     "plot": ["matplotlib>=3.8"],
+    "docs": ["mkdocstrings-python>=2,<3", "ruff==0.17.6", "zensical>=0.0.73,<0.1"],
 }
 EXTRAS["dev"] = [
     *EXTRAS["scienceworld"],
     *EXTRAS["textarena"],
     *EXTRAS["plot"],
+    *EXTRAS["docs"],
     "hypothesis",
     "import-linter",
     "ipykernel",
     "psutil",
     "pytest",
     "pytest-xdist",
-    "ruff==0.17.6",
     "selenium>=4.20",
 ]
 

