@@ -1,13 +1,14 @@
 # make demo    train an agent with EPO on the embedded game and show what it learned (runs/quickstart/)
 # make test    the test suite
 # make check   ruff, and that imports only go down
+# make notebook  the notebook of the demo, executed whole (runs/epo_quickstart.ipynb)
 # Each makes its own virtual environment in .venv first. PYTHON=python3.12 chooses another Python (3.11 or newer).
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 TORCH := torch==2.13.0
 
-.PHONY: demo test check clean
+.PHONY: demo test check notebook clean
 
 demo: $(VENV)/installed
 	$(BIN)/python examples/quickstart.py --output_dir runs/quickstart
@@ -19,6 +20,10 @@ check: $(VENV)/installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/lint-imports
+
+notebook: $(VENV)/installed
+	mkdir -p runs
+	$(BIN)/papermill examples/notebooks/epo_quickstart.ipynb runs/epo_quickstart.ipynb
 
 $(VENV)/installed: setup.py
 	$(PYTHON) -m venv $(VENV)

@@ -42,6 +42,7 @@ EXTRAS["dev"] = [
     "hypothesis",
     "import-linter",
     "ipykernel",
+    "papermill",
     "psutil",
     "pytest",
     "pytest-xdist",
