@@ -42,6 +42,7 @@ from .rollouts import (
 )
 from .runs import own_randomness
 from .sampling import Sample
+from .seams import head_tiles
 from .text import shown
 from .trainer import EPOTrainer
 
@@ -610,7 +611,7 @@ def _imitate(trainer: EPOTrainer, rows: list[dict], callbacks: list[TrainerCallb
         },
         **kwargs,
     }
-    with _forward_kept(trainer.model):
+    with _forward_kept(trainer.model), head_tiles(trainer.accelerator.device):
         imitation = SFTTrainer(
             trainer.model,
             args=SFTConfig(**settings),
