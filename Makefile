@@ -2,13 +2,14 @@
 # make test    the test suite
 # make check   ruff, and that imports only go down
 # make docs    the documentation as a site: site/index.html
+# make notebook  the notebook of the demo, executed whole: runs/epo_quickstart.ipynb
 # Each makes its own virtual environment in .venv first. PYTHON=python3.12 chooses another Python (3.11 or newer).
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 TORCH := torch==2.13.0
 
-.PHONY: demo test check docs clean
+.PHONY: demo test check docs notebook clean
 
 demo: $(VENV)/installed
 	$(BIN)/python examples/quickstart.py --output_dir runs/quickstart
@@ -24,6 +25,10 @@ check: $(VENV)/installed
 # Strict: a broken link, anchor or name is an error.
 docs: $(VENV)/installed
 	$(BIN)/zensical build --strict --clean
+
+notebook: $(VENV)/installed
+	mkdir -p runs
+	$(BIN)/papermill examples/notebooks/epo_quickstart.ipynb runs/epo_quickstart.ipynb
 
 $(VENV)/installed: setup.py
 	$(PYTHON) -m venv $(VENV)

@@ -44,6 +44,7 @@ EXTRAS["dev"] = [
     "hypothesis",
     "import-linter",
     "ipykernel",
+    "papermill",
     "psutil",
     "pytest",
     "pytest-xdist",

@@ -99,7 +99,7 @@ def warm_policy(script: ArmsArguments, settings: dict, context: str, seed: int) 
     )
     warm_up(
         trainer,
-        expert_episodes(trainer, rows, noise=0.3),
+        expert_episodes(trainer, rows, noise=0.3, learn_mistakes=True),
         learn_observations=True,
         per_device_train_batch_size=4 if args.context == "transcript" else 16,
         learning_rate=6e-3,

@@ -201,7 +201,7 @@ def main() -> None:
     if len(warm_up_rows):
         warm_up(
             trainer,
-            expert_episodes(trainer, warm_up_rows, noise=noise),
+            expert_episodes(trainer, warm_up_rows, noise=noise, learn_mistakes=True),
             learn_observations=script.model is None,  # a pretrained one can read
             per_device_train_batch_size=4,
             learning_rate=script.warm_up_learning_rate,

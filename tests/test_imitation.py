@@ -44,6 +44,10 @@ WARM_UP = {"per_device_train_batch_size": 4, "learning_rate": 1e-2, "logging_ste
 ROWS = Dataset.from_dict({"length": [3, 4, 5, 3], "seed": [0, 1, 2, 3]})
 
 
+def labels_of(rows):
+    return [token for row in rows for token in row["labels"] if token != -100]
+
+
 class Far(Corridor):
     """The corridor, from its beginning."""
 
@@ -161,6 +165,35 @@ class TestEpisodes:
         assert [e.turns for e in noisy] == [e.turns for e in again] != [e.turns for e in clean]
         assert sum(len(e.turns) for e in noisy) > sum(len(e.turns) for e in clean)
         assert sum(bool(e.success) for e in noisy) > 6  # the expert goes on from them
+        assert not any(e.mistakes for e in clean)
+        assert 0.25 < sum(len(e.mistakes) for e in noisy) / sum(len(e.turns) for e in noisy) < 0.55
+        learned = expert_episodes(trainer, rows, noise=0.4, learn_mistakes=True)
+        assert [e.turns for e in learned] == [e.turns for e in noisy]
+        for with_them, without in zip(learned, noisy, strict=True):
+            said = [list(turn.action_ids) for turn in with_them.turns]
+            assert labels_of(token_rows(with_them)) == sum(said, [])
+            right = [ids for turn, ids in enumerate(said) if turn not in without.mistakes]
+            assert labels_of(token_rows(without)) == sum(right, [])
+            (row,), (all_tokens,) = token_rows(without), token_rows(with_them, learn_observations=True)
+            assert row["input_ids"] == all_tokens["input_ids"] == all_tokens["labels"]
+            (some,) = token_rows(without, learn_observations=True)
+            wrong = sum(len(said[turn]) for turn in without.mistakes)
+            assert some["labels"].count(-100) == wrong
+
+    def test_windows_of_nothing_but_a_mistake_are_left_out(self, tmp_path, tokenizer):
+        rows = tasks("train", 6, rooms=2, turns=12)
+        model = make_model(context_length=4096)
+        trainer = make_trainer(
+            tmp_path, tokenizer, Household, rows, model, max_turns=12, context="window", max_turn_length=80
+        )
+        episodes = expert_episodes(trainer, rows, noise=0.4)
+        assert any(e.mistakes for e in episodes)
+        for e in episodes:
+            assert len(token_rows(e)) == len(e.turns) - len(e.mistakes)
+
+    def test_noise_of_one(self, tmp_path, tokenizer):
+        rows = tasks("train", 2, rooms=2, turns=12)
+        trainer = make_trainer(tmp_path, tokenizer, Household, rows, make_model(context_length=4096), max_turns=12)
         with pytest.raises(ValueError, match="`noise` is 1.0"):
             expert_episodes(trainer, rows, noise=1.0)
 

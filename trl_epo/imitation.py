@@ -11,7 +11,7 @@ import os
 import random
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import closing, contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -42,6 +42,7 @@ from .rollouts import (
 )
 from .runs import own_randomness
 from .sampling import Sample
+from .seams import head_tiles
 from .text import shown
 from .trainer import EPOTrainer
 
@@ -101,6 +102,7 @@ class Demonstration(gymnasium.Wrapper):
 
     Attributes:
         text (`str` or `None`): What to say next; `None` if the episode has ended.
+        mistakes (`list[int]`): The turns, from 0, whose text is a mistake.
     """
 
     def __init__(
@@ -117,10 +119,13 @@ class Demonstration(gymnasium.Wrapper):
         self.noise = noise
         self.draw = draw or random.Random(0)
         self.text: str | None = None
+        self.mistakes: list[int] = []
+        self._turn = 0
         self._say: Say | None = None
 
     def reset(self, *, seed=None, options=None):
         observation, info = self.env.reset(seed=seed, options=options)
+        self.mistakes, self._turn = [], 0
         self._say = self.expert(self.env)
         self._choose(observation, info)
         if self.text is None:
@@ -130,6 +135,7 @@ class Demonstration(gymnasium.Wrapper):
     def step(self, action):
         observation, reward, terminated, truncated, info = self.env.step(action)
         self.text = None
+        self._turn += 1
         if not (terminated or truncated):
             self._choose(observation, info)
             truncated = self.text is None  # the expert has no more to say
@@ -139,9 +145,22 @@ class Demonstration(gymnasium.Wrapper):
         if self.draw.random() < self.noise:
             useful = [a for a in info.get("admissible_actions", ()) if a not in ("look", "inventory")]
             text = self.draw.choice(useful or ["look"])
+            self.mistakes.append(self._turn)
         else:
             text = self._say(observation, info)
         self.text = None if text is None else self.form.format(text)
+
+
+@dataclass(frozen=True)
+class DemonstratedEpisode(Episode):
+    """
+    An episode whose actions someone has said.
+
+    Args:
+        mistakes (`frozenset[int]`): The turns, from 0, that were mistakes made on purpose. They are read, not learned.
+    """
+
+    mistakes: frozenset[int] = frozenset()
 
 
 class _DemonstrationSampler:
@@ -188,7 +207,7 @@ def demonstrate(
     noise: float = 0.0,
     seed: int = 0,
     at_once: int = 1,
-) -> list[Episode]:
+) -> list[DemonstratedEpisode]:
     """
     Play an episode from each start, with an expert for each, as the trainer plays its rollouts. Those that fail, or hold
     a text that is longer than `max_turn_length`, are left out.
@@ -233,16 +252,14 @@ def demonstrate(
             batch = starts[first : first + at_once]
             present.update(enumerate(experts[first : first + at_once]))
             placed = [replace(start, environment=_name(place, start.environment)) for place, start in enumerate(batch)]
-            for start, episode in zip(
-                batch,
-                play_episodes(placed, pool, player.rules, sampler, limits, player.action_parser),
-                strict=True,
-            ):
+            played = play_episodes(placed, pool, player.rules, sampler, limits, player.action_parser)
+            for place, (start, episode) in enumerate(zip(batch, played, strict=True)):
                 cut = any(turn.action_ids[-1] not in player.rules.chat.eos_token_ids for turn in episode.turns)
                 num_failed += episode.failed
                 num_cut += cut and not episode.failed
                 if not (episode.failed or cut):
-                    usable.append(replace(episode, environment=start.environment))
+                    told = {**vars(episode), "environment": start.environment}
+                    usable.append(DemonstratedEpisode(**told, mistakes=frozenset(demonstrations[place].mistakes)))
                 why = episode.failures[-1].cause if episode.failed else "an action has more tokens than that"
             num_played = first + len(batch)
             if not usable and num_played >= min(ENOUGH_TO_GIVE_UP, len(starts)):
@@ -287,8 +304,9 @@ def expert_episodes(
     rows: Iterable[dict[str, Any]],
     expert: Expert = environment_expert,
     noise: float = 0.0,
+    learn_mistakes: bool = False,
     seed: int | None = None,
-) -> list[Episode]:
+) -> list[DemonstratedEpisode]:
     """
     An expert plays each dataset row. Where the prompt asks for `<action>` tags, its actions stand in such.
 
@@ -298,7 +316,10 @@ def expert_episodes(
         expert (`Callable`, *optional*): Given an environment that was just reset, returns a function of an observation and its
             `info` that says the next action, or `None` for no more. By default the environment's own.
         noise (`float`, *optional*, defaults to `0.0`): The share of actions that are mistakes, drawn from
-            `info["admissible_actions"]`; only for an expert that knows how to go on from any state.
+            `info["admissible_actions"]`; only for an expert that knows how to go on from any state. A warm-up learns how the
+            expert goes on from them.
+        learn_mistakes (`bool`, *optional*, defaults to `False`): The mistakes are learned too: the policy then errs as often,
+            and tries more.
         seed (`int`, *optional*): Draws the mistakes; by default the trainer's.
 
     Raises:
@@ -314,7 +335,8 @@ def expert_episodes(
         expert = _expert_that_plans_anew
     form = "<action>{}</action>" if player.action_parser is parse_tagged_action else "{}"
     seed = trainer.args.seed if seed is None else seed
-    return demonstrate(trainer, starts, [expert] * len(starts), form=form, noise=noise, seed=seed)
+    episodes = demonstrate(trainer, starts, [expert] * len(starts), form=form, noise=noise, seed=seed)
+    return [replace(episode, mistakes=frozenset()) for episode in episodes] if learn_mistakes else episodes
 
 
 def _expert_that_plans_anew(env: gymnasium.Env) -> Say:
@@ -490,22 +512,27 @@ def kept_episodes(trainer: EPOTrainer, run: str | os.PathLike, success: bool = T
 
 def token_rows(episode: Episode, learn_observations: bool = False) -> list[dict[str, list[int]]]:
     """
-    An episode as rows for supervised training, one for each context that the model saw: `input_ids`, and `labels`, which are
-    −100 at all tokens but the actions'.
+    An episode as rows for supervised training, one for each context in which something is to be learned: `input_ids`, and
+    `labels`, which are −100 at all tokens but the actions', and at those of mistakes.
 
     Args:
         episode ([`Episode`]): As it was played.
-        learn_observations (`bool`, *optional*, defaults to `False`): All tokens are labels.
+        learn_observations (`bool`, *optional*, defaults to `False`): All tokens are labels, but those of mistakes.
     """
     row = episode_row(episode, 0)
+    mistakes = episode.mistakes if isinstance(episode, DemonstratedEpisode) else frozenset()
     rows = []
     for context in range(row.context_ids[-1] + 1):
         places = [place for place, its in enumerate(row.context_ids) if its == context]
         prompt = [] if context else list(episode.prompt_ids)
         ids = prompt + [row.completion_ids[place] for place in places]
-        mask = [0] * len(prompt) + [row.action_mask[place] for place in places]
-        labels = [token if acts or learn_observations else IGNORED for token, acts in zip(ids, mask, strict=True)]
-        rows.append({"input_ids": ids, "labels": labels})
+        turns = [-1] * len(prompt) + [row.turn_ids[place] for place in places]
+        labels = [
+            token if (turn >= 0 or learn_observations) and turn not in mistakes else IGNORED
+            for token, turn in zip(ids, turns, strict=True)
+        ]
+        if any(label != IGNORED for label in labels):
+            rows.append({"input_ids": ids, "labels": labels})
     return rows
 
 
@@ -584,7 +611,7 @@ def _imitate(trainer: EPOTrainer, rows: list[dict], callbacks: list[TrainerCallb
         },
         **kwargs,
     }
-    with _forward_kept(trainer.model):
+    with _forward_kept(trainer.model), head_tiles(trainer.accelerator.device):
         imitation = SFTTrainer(
             trainer.model,
             args=SFTConfig(**settings),

@@ -204,7 +204,7 @@ def warm_start(run: Run) -> dict[str, float]:
     trainer = _trainer(run, make_model(tokenizer), tokenizer, rows, run.config(output_dir=str(unfinished), beta=0.0))
     warm_up(
         trainer,
-        expert_episodes(trainer, rows, noise=noise),
+        expert_episodes(trainer, rows, noise=noise, learn_mistakes=True),
         learn_observations=True,
         per_device_train_batch_size=4,
         learning_rate=regime.warm_up_learning_rate,

@@ -33,6 +33,8 @@ class WarmUpArguments:
     Parameters:
         noise (`float`, *optional*, defaults to `0.0`):
             The share of the environment's expert's actions that are mistakes.
+        learn_mistakes (`bool`, *optional*, defaults to `False`):
+            Learn these too, and not only how the expert goes on from them.
         chats (`str`, *optional*):
             A file with one chat a line, as JSON, instead of the expert.
         from_run (`str`, *optional*):
@@ -54,6 +56,9 @@ class WarmUpArguments:
     """
 
     noise: float = field(default=0.0, metadata={"help": "The share of the expert's actions that are mistakes."})
+    learn_mistakes: bool = field(
+        default=False, metadata={"help": "Learn these too, and not only how the expert goes on from them."}
+    )
     chats: str | None = field(default=None, metadata={"help": "A file with one chat a line, as JSON."})
     from_run: str | None = field(
         default=None, metadata={"help": "A run whose kept episodes are imitated.", "aliases": ["--from"]}
@@ -131,6 +136,8 @@ def _episodes(trainer: EPOTrainer, script: ScriptArguments, whom: WarmUpArgument
     if whom.teacher:
         episodes = teacher_episodes(trainer, trainer.train_dataset, whom.teacher, whom.teacher_model)
     else:
-        episodes = expert_episodes(trainer, trainer.train_dataset, noise=whom.noise)
+        episodes = expert_episodes(
+            trainer, trainer.train_dataset, noise=whom.noise, learn_mistakes=whom.learn_mistakes
+        )
     logger.warning("%d of %d episodes succeed.", sum(bool(e.success) for e in episodes), len(episodes))
     return [episode for episode in episodes if episode.success or not whom.success]

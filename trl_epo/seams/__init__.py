@@ -7,7 +7,7 @@ Imports: every wing below. Open first: `trl.py`; faults and checkpoints: `checkp
 """
 
 from .checkpoints import replaced
-from .trl import SeamedGRPOTrainer
+from .trl import SeamedGRPOTrainer, head_tiles
 
 
-__all__ = ["SeamedGRPOTrainer", "replaced"]
+__all__ = ["SeamedGRPOTrainer", "head_tiles", "replaced"]

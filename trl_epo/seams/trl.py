@@ -152,7 +152,7 @@ def _kept_casts(model: nn.Module) -> Iterator[None]:
             weight.requires_grad_(False)
 
 
-def _head_tiles(device: torch.device) -> AbstractContextManager[None]:
+def head_tiles(device: torch.device) -> AbstractContextManager[None]:
     """While this context lasts, the forwards of TRL's fused head, and their backwards, use tiles that fit `device`."""
     if device.type != "cpu":
         return nullcontext()
@@ -491,7 +491,7 @@ class SeamedGRPOTrainer(FaultTolerantGRPOTrainer):
         else:
             # TRL's head does not know a weight of ZeRO-3 again when its forward is computed again
             recomputes = self.loss_context_ids is not None and not shards_with_zero3(self.accelerator)
-            with self.accelerator.autocast(), _head_tiles(input_ids.device):
+            with self.accelerator.autocast(), head_tiles(input_ids.device):
                 scores = score_tokens(
                     model,
                     self._causal_lm(model).base_model,
