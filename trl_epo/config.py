@@ -1,5 +1,6 @@
 """Configuration of `EPOTrainer`: TRL's `GRPOConfig` and the fields that EPO adds."""
 
+import inspect
 import math
 from dataclasses import dataclass, field
 
@@ -8,6 +9,7 @@ from transformers.utils import logging
 from trl import GRPOConfig
 
 from .envs.base import MAX_OBSERVATION_LENGTH
+from .text import did_you_mean
 
 
 logger = logging.get_logger(__name__)
@@ -414,6 +416,14 @@ class EPOConfig(GRPOConfig):
         default=1000.0,
         metadata={"help": "What kept episodes may take of the disk, in MB; then fewer steps' are kept."},
     )
+
+    def __new__(cls, *args, **kwargs):
+        known = inspect.signature(cls.__init__).parameters
+        if not any(parameter.kind is parameter.VAR_KEYWORD for parameter in known.values()):
+            for name in kwargs:
+                if name not in known:
+                    raise TypeError(f"{cls.__name__} has no field {name!r}.{did_you_mean(name, known)}")
+        return super().__new__(cls)
 
     def __post_init__(self):
         if not self.use_cpu and not torch.accelerator.is_available():

@@ -106,11 +106,11 @@ def play(
     Raises:
         RuntimeError: If the environment fails.
     """
+    args = copy(args or EPOConfig("play"))
     if isinstance(model, str | Path):
         model = str(model)
         if Path(model, ADAPTER_CONFIG).exists():
-            model = AutoPeftModelForCausalLM.from_pretrained(model)
-    args = copy(args or EPOConfig("play"))
+            model = AutoPeftModelForCausalLM.from_pretrained(model, trust_remote_code=args.trust_remote_code)
     with TemporaryDirectory(prefix="trl_epo_play_") as args.output_dir:  # a trainer makes this folder
         trainer = EPOTrainer(
             model,

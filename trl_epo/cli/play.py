@@ -9,9 +9,9 @@ from datasets import Dataset
 
 from ..play import play_row, play_yourself
 from ..reports import PLAY_SETTINGS_FILE
+from .mistakes import UsageError
 from .settings import ScriptArguments, parse
 from .train import make_trainer
-from .usage import UsageError
 
 
 @dataclass

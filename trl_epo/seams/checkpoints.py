@@ -26,6 +26,7 @@ from transformers.utils.hub import hf_api
 from trl import GRPOTrainer
 
 from ..runs import (
+    LOCK_FILE,
     NAMES,
     TRAINING_ARGS_NAME,
     CheckpointError,
@@ -112,8 +113,8 @@ BEST = ("best_metric", "best_global_step", "best_model_checkpoint")
 # What saves sharded weights: the processes gather them together, then some of them write.
 SHARDED_SAVES = ("save_fsdp_model", "save_fsdp_optimizer")
 # What stays on the machine when Trainer pushes a folder: notes that hold paths and tracebacks; a pickle of all settings, the
-# token of the Hub included; and a checkpoint that was downloaded to resume from, which would take the place of a newer one.
-NOT_PUSHED = ("episodes/*", TRAINING_ARGS_NAME, "last-checkpoint/*")
+# token of the Hub included; a checkpoint that was downloaded to resume from, which would take the place of a newer one.
+NOT_PUSHED = ("episodes/*", TRAINING_ARGS_NAME, "last-checkpoint/*", LOCK_FILE)
 
 
 @contextmanager
