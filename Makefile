@@ -1,6 +1,6 @@
 # make demo    train an agent with EPO on the embedded game and show what it learned (runs/quickstart/)
 # make test    the test suite
-# make check   ruff, and that imports only go down
+# make check   ruff, types, and that imports only go down
 # Each makes its own virtual environment in .venv first. PYTHON=python3.12 chooses another Python (3.11 or newer).
 PYTHON ?= python3
 VENV := .venv
@@ -18,6 +18,7 @@ test: $(VENV)/installed
 check: $(VENV)/installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/mypy
 	$(BIN)/lint-imports
 
 $(VENV)/installed: setup.py

@@ -3,6 +3,7 @@
 import inspect
 import math
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import torch
 from transformers.utils import logging
@@ -189,6 +190,10 @@ class EPOConfig(GRPOConfig):
             What these files may take of the disk, in MB (10⁶ bytes). When it is reached only those of every second RL step are
             kept, then of every fourth, and so on; of evaluations the first and the last always.
     """
+
+    if TYPE_CHECKING:  # of GRPOConfig, set below
+        use_cpu: bool = False
+        ddp_broadcast_buffers: bool | None = None
 
     entropy_coef: float = field(
         default=0.001,

@@ -14,7 +14,7 @@ from contextlib import closing, contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 from urllib.error import HTTPError, URLError
 from urllib.request import Request, urlopen
 
@@ -41,7 +41,7 @@ from .rollouts import (
     play_episodes,
 )
 from .runs import own_randomness
-from .sampling import Sample
+from .sampling import Sample, TurnSampler
 from .text import shown
 from .trainer import EPOTrainer
 
@@ -207,7 +207,7 @@ def demonstrate(
         ValueError: If none of the first ones can be used, or the trainer has no text environment or several processes.
     """
     player = _player_of(trainer)
-    factories = player.environments.factories if factories is None else factories
+    makers = player.environments.factories if factories is None else factories
     draw = random.Random(seed)
     present: dict[int, Expert] = {}  # by place
     demonstrations: dict[int, Demonstration] = {}
@@ -217,15 +217,17 @@ def demonstrate(
             demonstrations[place] = demonstration
             return present[place](env)
 
-        demonstration = Demonstration(factories[name](), begin, form, noise, draw)
+        demonstration = Demonstration(makers[name](), begin, form, noise, draw)
         return demonstration
 
     places = range(min(at_once, len(starts)))
     pool = EnvironmentPool(
-        {_name(place, name): partial(make, place, name) for place in places for name in factories},
+        {_name(place, name): partial(make, place, name) for place in places for name in makers},
         player.environments.timeout,
     )
-    sampler = _DemonstrationSampler(demonstrations, player.rules.chat)
+    sampler = cast(
+        TurnSampler, _DemonstrationSampler(demonstrations, player.rules.chat)
+    )  # all that is asked of it here
     limits = replace(player.limits, patience=math.inf, max_concurrent_episodes=math.inf)
     usable, num_failed, num_cut = [], 0, 0
     with closing(pool):

@@ -124,7 +124,8 @@ def _value_taken_in(value: Any, length: int | None) -> Any:
     if isinstance(value, str):
         return taken_in(value, length)
     if isinstance(value, list | tuple) and value and all(isinstance(part, str) for part in value):
-        kept, room = [], float("inf") if length is None else length
+        kept: list[str] = []
+        room = float("inf") if length is None else length
         for text in value:
             room -= len(text) + 2  # with what separates them
             if room < 0:

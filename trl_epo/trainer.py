@@ -279,7 +279,8 @@ class EPOTrainer(ReportingTrainer):
                 "does not fit trl_epo; `pip install trl-epo` installs one that does."
             )
         moment = self._moment
-        metrics, loss = {}, policy_loss
+        metrics: dict[str, Any] = {}
+        loss = policy_loss
         if self.entropy_term.acts:
             added, metrics = self.entropy_term.loss(captured[0], inputs, moment, policy_loss.detach())
             loss = policy_loss + added

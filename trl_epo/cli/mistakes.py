@@ -51,10 +51,7 @@ class UsageError(ValueError):
 
 
 class OneLineParser(argparse.ArgumentParser):
-    """Raises its errors as [`UsageError`]s, and knows no abbreviations."""
-
-    def __init__(self, *args, **kwargs):
-        super().__init__(*args, allow_abbrev=False, **kwargs)
+    """Raises its errors as [`UsageError`]s."""
 
     def error(self, message: str):
         raise UsageError(message)

@@ -129,11 +129,11 @@ class ScriptArguments:
 
     def environment_factory(self) -> Callable:
         """What makes an environment; raises a `UsageError` if it makes none, or none that talks in text."""
-        return environment_maker(self.environment, self.environment_kwargs)
+        return environment_maker(self.environment, json_object("environment_kwargs", self.environment_kwargs))
 
     def functions(self) -> dict[str, Any]:
         """The arguments of [`EPOTrainer`] that are functions, those that were named."""
-        named = {
+        named: dict[str, Any] = {
             name: imported(name, path)
             for name in ("prompt_builder", "action_parser")
             if (path := getattr(self, name)) is not None
@@ -145,7 +145,7 @@ class ScriptArguments:
     def rows(self, split: str, size: int | None) -> Dataset:
         """`size` rows of a split, or all of them."""
         tasks = imported("tasks", self.tasks)
-        kwargs = self.tasks_kwargs
+        kwargs = json_object("tasks_kwargs", self.tasks_kwargs)
         signature = inspect.signature(tasks)
         sized = "size" in signature.parameters
         if sized:
@@ -192,16 +192,15 @@ def save_play_settings(script: ScriptArguments, args: EPOConfig, model_args: Mod
     Path(args.output_dir, PLAY_SETTINGS_FILE).write_text(json.dumps(settings, indent=2) + "\n")
 
 
-class _Parser(OneLineParser, TrlParser):
+class _Parser(TrlParser, OneLineParser):
     pass
 
 
 def _make_parser(command: str, more: Iterable[type]) -> _Parser:
     prog = f"trl-epo {command}"
-    kinds = (ScriptArguments, EPOConfig, ModelConfig, *more)
-    return _Parser(
-        dataclass_types=kinds, prog=prog, usage=f"{prog} [--config FILE] [--OPTION VALUE ...]", add_help=False
-    )
+    usage = f"{prog} [--config FILE] [--OPTION VALUE ...]"
+    make: Any = _Parser  # TrlParser's arguments, which argparse's annotations hide
+    return make((ScriptArguments, EPOConfig, ModelConfig, *more), prog=prog, usage=usage, add_help=False)
 
 
 def parse(command: str, arguments: Sequence[str], *more: type) -> tuple:
@@ -277,7 +276,7 @@ def _read(file: Path, parser: _Parser) -> dict[str, Any]:
             hint = did_you_mean(str(name), actions) or f" {parser.prog} --help-all lists all settings."
             raise UsageError(f"There is no setting {name!r}, which is in {file}.{hint}")
         kind = actions[name].type
-        number = {int: int, float: int | float}.get(kind)
+        number = {int: int, float: int | float}.get(kind) if isinstance(kind, type) else None
         if number is not None and not isinstance(value, number | str | None):
             raise UsageError(f"`{name}` is {value!r} in {file}, but must be a {'whole ' * (kind is int)}number.")
     return config

@@ -174,9 +174,9 @@ class Critic:
         self.accelerator = accelerator
         self.trains_alone = False  # in the warm-up
         self.model = model.train()
-        self.optimizer = None
-        self._prepared = None  # the optimizer as the accelerator knows it
-        self.schedule = None
+        self.optimizer: Any = None
+        self._prepared: Any = None  # the optimizer as the accelerator knows it
+        self.schedule: Any = None
 
     @property
     def _is_engine(self) -> bool:

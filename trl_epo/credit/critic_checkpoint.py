@@ -95,7 +95,8 @@ def load_engine(engine, folder: str) -> None:
 
 def _save_optimizer(optimizer: Optimizer, folder: str) -> None:
     state = optimizer.state_dict()
-    tensors, rest = {}, {}
+    tensors: dict[str, Tensor] = {}
+    rest: dict[str, Any] = {}
     for weight, values in state["state"].items():
         for name, value in values.items():
             (tensors if isinstance(value, Tensor) else rest)[f"{weight}.{name}"] = value

@@ -20,6 +20,7 @@ import transformers.trainer
 from accelerate.utils import DistributedType
 from torch.distributed import DistError
 from torch.distributed.checkpoint import CheckpointException
+from transformers import TrainerControl
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import logging
 from transformers.utils.hub import hf_api
@@ -156,6 +157,9 @@ class FaultTolerantGRPOTrainer(GRPOTrainer):
     `GRPOTrainer` that survives what can go wrong in training: it leaves out optimizer steps that are not finite, ends with a
     checkpoint on SIGTERM and Ctrl-C, knows whole checkpoints from cut ones, and goes on from them as if nothing had happened.
     """
+
+    control: TrainerControl
+    _buffered_inputs: list[dict[str, Any]] | None
 
     def __init__(self, *args, **kwargs):
         self._interruption = Interruption()
