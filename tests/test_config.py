@@ -82,6 +82,7 @@ def test_every_new_field_is_documented():
         ({"max_turns": 2.5}, "max_turns.*2.5.*whole number"),
         ({"max_concurrent_episodes": 0}, "max_concurrent_episodes.*0.*at least 1"),
         ({"max_nonfinite_steps": 0}, "max_nonfinite_steps.*0.*at least 1"),
+        ({"per_device_train_batch_size": 0}, "per_device_train_batch_size.*0.*at least 1"),
         ({"max_nonfinite_steps": 2.5}, "max_nonfinite_steps.*2.5.*whole number"),
         ({"environment_patience": -1.0}, "environment_patience.*-1.0.*at least 0"),
         ({"env_timeout": 0.0}, "env_timeout.*0.0.*above 0"),

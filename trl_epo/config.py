@@ -442,10 +442,10 @@ class EPOConfig(GRPOConfig):
                 "`enable_jit_checkpoint` is not needed: on SIGTERM EPOTrainer always writes a checkpoint."
             )
             self.enable_jit_checkpoint = False
-        if not isinstance(self.max_nonfinite_steps, int) or self.max_nonfinite_steps < 1:
-            raise ValueError(
-                f"`max_nonfinite_steps` is {self.max_nonfinite_steps!r}, but must be a whole number of at least 1."
-            )
+        for name in ("max_nonfinite_steps", "per_device_train_batch_size", "gradient_accumulation_steps"):
+            value = getattr(self, name)
+            if not isinstance(value, int) or value < 1:
+                raise ValueError(f"`{name}` is {value!r}, but must be a whole number of at least 1.")
         self._check_entropy_terms()
         self._check_episodes()
         self._check_credit()

@@ -199,7 +199,8 @@ class TestParsing:
 
     def test_impossible_settings(self, tmp_path):
         flags = ("--environment", "household", "--model_name_or_path", "m")
-        assert "required: --environment" in refused()
+        assert "`environment` is not set: give one of household, " in refused()
+        assert "'houshold' belongs to no option" in refused("houshold")
         assert "`model_name_or_path` is not set" in refused("--environment", "household")
         assert "'kitchen'" in refused("--environment", "kitchen")
         assert "Did you mean 'household'?" in refused("--environment", "houshold")

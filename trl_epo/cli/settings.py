@@ -219,17 +219,23 @@ def parse(command: str, arguments: Sequence[str], *more: type) -> tuple:
         raise SystemExit(0)
     file, flags = _without_config(arguments)
     config = {} if file is None else _read(file, parser)
+    for action in parser._actions:
+        action.required = False  # the one that is needed has an error of its own
     try:
         parser.set_defaults_with_config(**config)
         given, others = parser.parse_known_args(flags)
         if others:
             raise UsageError(f"{others[0]!r} belongs to no option: settings are given as --NAME VALUE.")
+        if given.environment is None:
+            raise UsageError(
+                f"`environment` is not set: give one of {', '.join(ENVIRONMENTS)} or 'module:name', or a `config` that does."
+            )
         told = {*config, *(flag.partition("=")[0].lstrip("-").replace("-", "_") for flag in flags)}
         if given.model_name_or_path and told.isdisjoint(("load_in_4bit", "load_in_8bit")):
             saved = _saved_quantization(Path(given.model_name_or_path))
             parser.set_defaults_with_config(**{name: value for name, value in saved.items() if name not in told})
         settings = parser.parse_args_into_dataclasses(flags, look_for_args_file=False)
-    except (ValueError, TypeError, OSError) as error:
+    except (ValueError, TypeError, OSError, ImportError) as error:
         raise error if isinstance(error, UsageError) else UsageError(one_line(error)) from error
     needs_model = not any(getattr(given, "human", False) for given in settings)
     if needs_model and settings[2].model_name_or_path is None:
