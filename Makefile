@@ -1,6 +1,6 @@
 # make demo    train an agent with EPO on the embedded game and show what it learned (runs/quickstart/)
 # make test    the test suite
-# make check   ruff, and that imports only go down
+# make check   ruff, types, and that imports only go down
 # make docs    the documentation as a site: site/index.html
 # make notebook  the notebook of the demo, executed whole: runs/epo_quickstart.ipynb
 # Each makes its own virtual environment in .venv first. PYTHON=python3.12 chooses another Python (3.11 or newer).
@@ -20,6 +20,7 @@ test: $(VENV)/installed
 check: $(VENV)/installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/mypy
 	$(BIN)/lint-imports
 
 # Strict: a broken link, anchor or name is an error.

@@ -4,6 +4,7 @@ from setuptools import find_packages, setup
 
 
 HERE = Path(__file__).parent
+REPOSITORY = "https://github.com/trl-epo/trl-epo"
 
 
 def version() -> str:
@@ -44,6 +45,7 @@ EXTRAS["dev"] = [
     "hypothesis",
     "import-linter",
     "ipykernel",
+    "mypy==2.4.1",
     "papermill",
     "psutil",
     "pytest",
@@ -60,16 +62,31 @@ setup(
     license="Apache-2.0",
     license_files=["LICENSE"],
     packages=find_packages(include=["trl_epo", "trl_epo.*"]),
-    package_data={"trl_epo.reports": ["viewer_page/*"]},
+    # configs and docs are links to examples/configs and docs, so that there is one place for these files
+    package_data={"trl_epo": ["py.typed", "configs/*.yaml", "docs/*.md"], "trl_epo.reports": ["viewer_page/*"]},
     python_requires=">=3.11",
     install_requires=REQUIREMENTS,
     extras_require=EXTRAS,
     entry_points={"console_scripts": ["trl-epo=trl_epo.cli:main"]},
+    url=REPOSITORY,
+    project_urls={
+        "Source": REPOSITORY,
+        "Documentation": f"{REPOSITORY}/blob/main/docs/index.md",
+        "Changelog": f"{REPOSITORY}/blob/main/CHANGELOG.md",
+        "Paper": "https://arxiv.org/abs/2509.22576",
+    },
+    keywords=["reinforcement learning", "language models", "agents", "GRPO", "PPO", "TRL"],
     classifiers=[
+        "Development Status :: 4 - Beta",
+        "Environment :: Console",
+        "Intended Audience :: Developers",
         "Intended Audience :: Science/Research",
-        "Operating System :: OS Independent",
+        "Operating System :: MacOS",
+        "Operating System :: POSIX :: Linux",
         "Programming Language :: Python :: 3",
+        "Programming Language :: Python :: 3 :: Only",
         "Programming Language :: Python :: 3.11",
         "Topic :: Scientific/Engineering :: Artificial Intelligence",
+        "Typing :: Typed",
     ],
 )

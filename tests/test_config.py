@@ -1,4 +1,6 @@
+import copy
 import dataclasses
+import pickle
 
 import pytest
 from trl import GRPOConfig, TrlParser
@@ -80,6 +82,7 @@ def test_every_new_field_is_documented():
         ({"max_turns": 2.5}, "max_turns.*2.5.*whole number"),
         ({"max_concurrent_episodes": 0}, "max_concurrent_episodes.*0.*at least 1"),
         ({"max_nonfinite_steps": 0}, "max_nonfinite_steps.*0.*at least 1"),
+        ({"per_device_train_batch_size": 0}, "per_device_train_batch_size.*0.*at least 1"),
         ({"max_nonfinite_steps": 2.5}, "max_nonfinite_steps.*2.5.*whole number"),
         ({"environment_patience": -1.0}, "environment_patience.*-1.0.*at least 0"),
         ({"env_timeout": 0.0}, "env_timeout.*0.0.*above 0"),
@@ -99,6 +102,27 @@ def test_every_new_field_is_documented():
 def test_bad_values_are_named_with_the_remedy(tmp_path, kwargs, message):
     with pytest.raises(ValueError, match=message):
         config(tmp_path, **kwargs)
+
+
+@pytest.mark.parametrize("kind", [EPOConfig, dataclasses.make_dataclass("OwnConfig", [], bases=(EPOConfig,))])
+def test_an_unknown_field_gets_the_nearest_name(tmp_path, kind):
+    with pytest.raises(TypeError, match=f"{kind.__name__} has no field 'entropie_coef'. Did you mean 'entropy_coef'?"):
+        kind(str(tmp_path), entropie_coef=0.1)
+    with pytest.raises(TypeError, match=f"{kind.__name__} has no field 'zzz'.$"):
+        kind(str(tmp_path), zzz=0.1)
+
+
+class OwnConfig(EPOConfig):
+    def __init__(self, folder, scale=1.0, **kwargs):
+        super().__init__(folder, entropy_coef=0.001 * scale, **kwargs)
+
+
+def test_a_config_stays_a_dataclass_that_is_copied_and_pickled(tmp_path):
+    args = config(tmp_path, entropy_coef=0.02, max_turns=3)
+    for other in (pickle.loads(pickle.dumps(args)), copy.copy(args), copy.deepcopy(args)):
+        assert type(other) is EPOConfig
+        assert (other.entropy_coef, other.max_turns, other.output_dir) == (0.02, 3, str(tmp_path))
+    assert OwnConfig(str(tmp_path), scale=2.0, max_turns=3).entropy_coef == 0.002  # arguments of its own are no fields
 
 
 def test_large_smoothing_coef_is_allowed(tmp_path):

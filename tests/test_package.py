@@ -12,6 +12,8 @@ from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 from packaging.version import Version
 
+import trl_epo
+
 
 CODE = """
 import sys
@@ -75,6 +77,26 @@ def test_the_oldest_torch_is_the_one_that_the_tests_run_on():
     assert required.specifier.contains(Version(torch.__version__).base_version)
 
 
+def test_what_is_in_the_wheel_besides_code():
+    """The folders are links in the repository, and copies in distributions."""
+    for name, source in (("configs", ROOT / "examples" / "configs"), ("docs", ROOT / "docs")):
+        shipped = {path.name: path.read_bytes() for path in (ROOT / "trl_epo" / name).glob("*.*")}
+        assert shipped, name
+        assert all((source / file).read_bytes() == text for file, text in shipped.items())
+    assert (ROOT / "trl_epo" / "py.typed").exists()
+    assert '"py.typed", "configs/*.yaml", "docs/*.md"' in SETUP
+    assert 'find_packages(include=["trl_epo", "trl_epo.*"])' in SETUP  # and so no tests
+
+
+def test_every_file_names_the_same_version():
+    version = Version(trl_epo.__version__)
+    released = version.base_version
+    heading = re.search(r"^## (\S+) \((.+)\)$", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE)
+    assert heading[1] == released
+    assert (heading[2] == "not released yet") == version.is_devrelease
+    assert f"\nversion: {released}\n" in (ROOT / "CITATION.cff").read_text()
+
+
 LIGHT = """
 import resource, runpy, sys
 import trl_epo
@@ -89,6 +111,8 @@ assert usage.ru_utime + usage.ru_stime < 0.8, usage
 """
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["--version"]], ids=" ".join)
+@pytest.mark.parametrize(
+    "arguments", [["--help"], ["--version"], ["train", "--help"], ["check-env", "--help"]], ids=" ".join
+)
 def test_the_command_line_says_at_once_what_there_is(arguments, tmp_path):
     assert "trl-epo" in run(LIGHT.format(arguments=arguments), tmp_path)

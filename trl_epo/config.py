@@ -1,13 +1,16 @@
 """Configuration of `EPOTrainer`: TRL's `GRPOConfig` and the fields that EPO adds."""
 
+import inspect
 import math
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import torch
 from transformers.utils import logging
 from trl import GRPOConfig
 
 from .envs.base import MAX_OBSERVATION_LENGTH
+from .text import did_you_mean
 
 
 logger = logging.get_logger(__name__)
@@ -187,6 +190,10 @@ class EPOConfig(GRPOConfig):
             What these files may take of the disk, in MB (10⁶ bytes). When it is reached only those of every second RL step are
             kept, then of every fourth, and so on; of evaluations the first and the last always.
     """
+
+    if TYPE_CHECKING:  # of GRPOConfig, set below
+        use_cpu: bool = False
+        ddp_broadcast_buffers: bool | None = None
 
     entropy_coef: float = field(
         default=0.001,
@@ -415,6 +422,14 @@ class EPOConfig(GRPOConfig):
         metadata={"help": "What kept episodes may take of the disk, in MB; then fewer steps' are kept."},
     )
 
+    def __new__(cls, *args, **kwargs):
+        known = inspect.signature(cls.__init__).parameters
+        if not any(parameter.kind is parameter.VAR_KEYWORD for parameter in known.values()):
+            for name in kwargs:
+                if name not in known:
+                    raise TypeError(f"{cls.__name__} has no field {name!r}.{did_you_mean(name, known)}")
+        return super().__new__(cls)
+
     def __post_init__(self):
         if not self.use_cpu and not torch.accelerator.is_available():
             self.use_cpu = True
@@ -427,10 +442,10 @@ class EPOConfig(GRPOConfig):
                 "`enable_jit_checkpoint` is not needed: on SIGTERM EPOTrainer always writes a checkpoint."
             )
             self.enable_jit_checkpoint = False
-        if not isinstance(self.max_nonfinite_steps, int) or self.max_nonfinite_steps < 1:
-            raise ValueError(
-                f"`max_nonfinite_steps` is {self.max_nonfinite_steps!r}, but must be a whole number of at least 1."
-            )
+        for name in ("max_nonfinite_steps", "per_device_train_batch_size", "gradient_accumulation_steps"):
+            value = getattr(self, name)
+            if not isinstance(value, int) or value < 1:
+                raise ValueError(f"`{name}` is {value!r}, but must be a whole number of at least 1.")
         self._check_entropy_terms()
         self._check_episodes()
         self._check_credit()

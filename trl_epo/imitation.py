@@ -14,7 +14,7 @@ from contextlib import closing, contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 from urllib.error import HTTPError, URLError
 from urllib.request import Request, urlopen
 
@@ -41,7 +41,7 @@ from .rollouts import (
     play_episodes,
 )
 from .runs import own_randomness
-from .sampling import Sample
+from .sampling import Sample, TurnSampler
 from .seams import head_tiles
 from .text import shown
 from .trainer import EPOTrainer
@@ -205,9 +205,10 @@ def demonstrate(
     factories: dict[str | None, Callable[[], gymnasium.Env]] | None = None,
     form: str = "{}",
     noise: float = 0.0,
+    learn_mistakes: bool = False,
     seed: int = 0,
     at_once: int = 1,
-) -> list[DemonstratedEpisode]:
+) -> list[Episode]:
     """
     Play an episode from each start, with an expert for each, as the trainer plays its rollouts. Those that fail, or hold
     a text that is longer than `max_turn_length`, are left out.
@@ -219,6 +220,7 @@ def demonstrate(
         factories (`dict`, *optional*): What makes the environments, by name; by default the trainer's.
         form (`str`): What the model is to write for an action.
         noise (`float`): The share of mistakes; they are drawn in the order of the episodes, which are played one at a time.
+        learn_mistakes (`bool`): Whether the mistakes are learned too.
         seed (`int`): Draws them.
         at_once (`int`): Episodes that are played at once.
 
@@ -226,7 +228,7 @@ def demonstrate(
         ValueError: If none of the first ones can be used, or the trainer has no text environment or several processes.
     """
     player = _player_of(trainer)
-    factories = player.environments.factories if factories is None else factories
+    makers = player.environments.factories if factories is None else factories
     draw = random.Random(seed)
     present: dict[int, Expert] = {}  # by place
     demonstrations: dict[int, Demonstration] = {}
@@ -236,17 +238,20 @@ def demonstrate(
             demonstrations[place] = demonstration
             return present[place](env)
 
-        demonstration = Demonstration(factories[name](), begin, form, noise, draw)
+        demonstration = Demonstration(makers[name](), begin, form, noise, draw)
         return demonstration
 
     places = range(min(at_once, len(starts)))
     pool = EnvironmentPool(
-        {_name(place, name): partial(make, place, name) for place in places for name in factories},
+        {_name(place, name): partial(make, place, name) for place in places for name in makers},
         player.environments.timeout,
     )
-    sampler = _DemonstrationSampler(demonstrations, player.rules.chat)
+    sampler = cast(
+        TurnSampler, _DemonstrationSampler(demonstrations, player.rules.chat)
+    )  # all that is asked of it here
     limits = replace(player.limits, patience=math.inf, max_concurrent_episodes=math.inf)
-    usable, num_failed, num_cut = [], 0, 0
+    usable: list[Episode] = []
+    num_failed = num_cut = 0
     with closing(pool):
         for first in range(0, len(starts), at_once):
             batch = starts[first : first + at_once]
@@ -259,7 +264,8 @@ def demonstrate(
                 num_cut += cut and not episode.failed
                 if not (episode.failed or cut):
                     told = {**vars(episode), "environment": start.environment}
-                    usable.append(DemonstratedEpisode(**told, mistakes=frozenset(demonstrations[place].mistakes)))
+                    mistakes = frozenset[int]() if learn_mistakes else frozenset(demonstrations[place].mistakes)
+                    usable.append(DemonstratedEpisode(**told, mistakes=mistakes))
                 why = episode.failures[-1].cause if episode.failed else "an action has more tokens than that"
             num_played = first + len(batch)
             if not usable and num_played >= min(ENOUGH_TO_GIVE_UP, len(starts)):
@@ -306,7 +312,7 @@ def expert_episodes(
     noise: float = 0.0,
     learn_mistakes: bool = False,
     seed: int | None = None,
-) -> list[DemonstratedEpisode]:
+) -> list[Episode]:
     """
     An expert plays each dataset row. Where the prompt asks for `<action>` tags, its actions stand in such.
 
@@ -335,8 +341,8 @@ def expert_episodes(
         expert = _expert_that_plans_anew
     form = "<action>{}</action>" if player.action_parser is parse_tagged_action else "{}"
     seed = trainer.args.seed if seed is None else seed
-    episodes = demonstrate(trainer, starts, [expert] * len(starts), form=form, noise=noise, seed=seed)
-    return [replace(episode, mistakes=frozenset()) for episode in episodes] if learn_mistakes else episodes
+    experts = [expert] * len(starts)
+    return demonstrate(trainer, starts, experts, form=form, noise=noise, learn_mistakes=learn_mistakes, seed=seed)
 
 
 def _expert_that_plans_anew(env: gymnasium.Env) -> Say:

@@ -6,7 +6,7 @@ from copy import copy
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import Any, cast
 
 import gymnasium
 from accelerate.utils import set_seed
@@ -106,11 +106,11 @@ def play(
     Raises:
         RuntimeError: If the environment fails.
     """
+    args = copy(args or EPOConfig("play"))
     if isinstance(model, str | Path):
         model = str(model)
         if Path(model, ADAPTER_CONFIG).exists():
-            model = AutoPeftModelForCausalLM.from_pretrained(model)
-    args = copy(args or EPOConfig("play"))
+            model = AutoPeftModelForCausalLM.from_pretrained(model, trust_remote_code=args.trust_remote_code)
     with TemporaryDirectory(prefix="trl_epo_play_") as args.output_dir:  # a trainer makes this folder
         trainer = EPOTrainer(
             model,
@@ -148,7 +148,7 @@ def play_row(
     )
     set_seed(seed)
     with closing(pool), trainer.sampling_at(temperature), trainer.turn_sampler() as sampler:
-        shown = _ShownSampler(sampler, player.rules.chat, show)
+        shown = cast(TurnSampler, _ShownSampler(sampler, player.rules.chat, show))  # all that is asked of it here
         (episode,) = play_episodes([start], pool, player.rules, shown, player.limits, player.action_parser)
     if episode.failed:
         raise RuntimeError(f"The episode failed: {episode.failures[-1]}")

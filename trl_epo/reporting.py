@@ -122,7 +122,7 @@ class ReportingTrainer(SeamedGRPOTrainer):
     def evaluation_loop(self, dataloader, *args, metric_key_prefix: str = "eval", **kwargs):
         self._eval_prefix = metric_key_prefix
         self.begin_tracking()
-        randomness = nullcontext()
+        randomness: AbstractContextManager[None] = nullcontext()
         if self._player is not None:
             self._player.begin_panel(dataloader.dataset)
             self._keeper.begin_panel()

@@ -1,8 +1,10 @@
 """Text from outside: made encodable, bounded, and safe to show. Nothing in here changes harmless text."""
 
+import difflib
 import re
 import textwrap
 from collections import deque
+from collections.abc import Iterable
 from typing import Any
 
 
@@ -24,6 +26,17 @@ def without_surrogates(text: str) -> str:
     except UnicodeEncodeError:
         return text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
     return text
+
+
+def did_you_mean(name: str, names: Iterable[str]) -> str:
+    """
+    A question after the nearest of `names`, to end a sentence with; empty if none is near.
+
+    >>> did_you_mean("entropie_coef", ["entropy_coef", "seed"]), did_you_mean("dance", ["train"])
+    (" Did you mean 'entropy_coef'?", '')
+    """
+    near = difflib.get_close_matches(name, list(names), n=1)
+    return f" Did you mean {near[0]!r}?" if near else ""
 
 
 def shortened(text: str, length: int | None) -> str:
@@ -111,7 +124,8 @@ def _value_taken_in(value: Any, length: int | None) -> Any:
     if isinstance(value, str):
         return taken_in(value, length)
     if isinstance(value, list | tuple) and value and all(isinstance(part, str) for part in value):
-        kept, room = [], float("inf") if length is None else length
+        kept: list[str] = []
+        room = float("inf") if length is None else length
         for text in value:
             room -= len(text) + 2  # with what separates them
             if room < 0:

@@ -3,6 +3,7 @@
 import os
 import weakref
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -33,6 +34,7 @@ from .rollouts import (
     set_defaults,
     set_turn_length,
 )
+from .runs import sole_run
 from .seams import replaced
 
 
@@ -192,14 +194,19 @@ class EPOTrainer(ReportingTrainer):
         self.report_episodes(player, self._tokenizer)
         if args.advantage_estimator == "gae":
             policy = self.accelerator.unwrap_model(self.model)
-            self._critic = Critic(make_critic(policy, args.critic_model, len(self._tokenizer)), args, self.accelerator)
+            self._critic = Critic(
+                make_critic(policy, args.critic_model, len(self._tokenizer), args.trust_remote_code),
+                args,
+                self.accelerator,
+            )
             self.add_callback(TrainCritic(self._critic))
         return_weight = self.reward_weights[-1].item()
         self._credit = CreditAssigner(args, self.accelerator, self._critic, return_weight)
 
     def train(self, *args, **kwargs):
         self.entropy_term.history = EntropyHistory()  # a resumed run loads its own
-        return super().train(*args, **kwargs)
+        with sole_run(self.args.output_dir) if self.is_world_process_zero() else nullcontext():
+            return super().train(*args, **kwargs)
 
     @property
     def entropy_history(self) -> EntropyHistory:
@@ -269,10 +276,11 @@ class EPOTrainer(ReportingTrainer):
         if len(captured) != 1:
             raise RuntimeError(
                 f"TRL computed token entropies {len(captured)} times in one loss instead of once. This version of TRL "
-                "does not fit trl_epo; install the version that setup.py names."
+                "does not fit trl_epo; `pip install trl-epo` installs one that does."
             )
         moment = self._moment
-        metrics, loss = {}, policy_loss
+        metrics: dict[str, Any] = {}
+        loss = policy_loss
         if self.entropy_term.acts:
             added, metrics = self.entropy_term.loss(captured[0], inputs, moment, policy_loss.detach())
             loss = policy_loss + added

@@ -19,10 +19,16 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import is_bitsandbytes_available
 from trl import get_peft_config
 
-from trl_epo import cli
+from trl_epo import EPOConfig, cli
 from trl_epo.cli.evaluate import panel_results, table
-from trl_epo.cli.settings import ScriptArguments, parse
+from trl_epo.cli.mistakes import UsageError
+from trl_epo.cli.named import config_file
+from trl_epo.cli.settings import ScriptArguments, parse, save_play_settings
 from trl_epo.cli.train import make_trainer
+from trl_epo.credit.critic import make_critic
+from trl_epo.credit.critic_checkpoint import load_model
+from trl_epo.envs.household import Household
+from trl_epo.play import play
 from trl_epo.reports.evaluation import evaluation_metrics
 from trl_epo.reports.metrics import EpisodeSummary
 from trl_epo.rollouts.episode import StopReason
@@ -99,13 +105,22 @@ Q_PROJ = "base_model.model.model.layers.0.self_attn.q_proj.base_layer.weight"
 
 
 OWN_MODEL = """
-from transformers import LlamaConfig, LlamaForCausalLM
+from torch import nn
+from transformers import LlamaConfig, LlamaForCausalLM, LlamaModel, LlamaPreTrainedModel
 
 class OwnConfig(LlamaConfig):
     model_type = "own"
 
 class OwnForCausalLM(LlamaForCausalLM):
     config_class = OwnConfig
+
+class OwnForTokenClassification(LlamaPreTrainedModel):
+    config_class = OwnConfig
+    def __init__(self, config):
+        super().__init__(config)
+        self.model = LlamaModel(config)
+        self.score = nn.Linear(config.hidden_size, config.num_labels)
+        self.post_init()
 """
 
 
@@ -120,11 +135,10 @@ def save_adapter(folder, model_folder, **kwargs):
     return folder
 
 
-def refused(capsys, *arguments):
-    with pytest.raises(SystemExit) as stop:
-        parse("train", arguments)
-    assert stop.value.code == 2
-    return capsys.readouterr().err
+def refused(*arguments, command="train"):
+    with pytest.raises(UsageError) as error:
+        parse(command, arguments)
+    return str(error.value)
 
 
 class TestParsing:
@@ -139,25 +153,61 @@ class TestParsing:
         script, _, _ = parse("train", [*flags, "--tasks_kwargs", '{"rooms": 3}', "--eval_splits", "iid"])
         assert (script.tasks_kwargs, script.eval_splits) == ({"rooms": 3}, ["iid"])
 
-    def test_unknown_settings_are_named(self, tmp_path, capsys):
+    def test_unknown_settings_get_the_nearest_name(self, tmp_path):
         config = tmp_path / "config.yaml"
         config.write_text("environment: household\nmodel_name_or_path: m\nentropie_coef: 0.1\n")
-        assert "no setting of the name 'entropie_coef'" in refused(capsys, "--config", str(config))
+        wrong = refused("--config", str(config))
+        assert wrong == f"There is no setting 'entropie_coef', which is in {config}. Did you mean 'entropy_coef'?"
         flags = ("--environment", "household", "--model_name_or_path", "m")
-        assert "'entropie_coef'" in refused(capsys, *flags, "--entropie_coef", "0.1")
-        assert "'max_step'" in refused(capsys, *flags, "--max_step", "3")  # not short for max_steps
+        wrong = refused(*flags, "--entropie-coef=0.1")
+        assert wrong == "There is no option --entropie-coef. Did you mean '--entropy_coef'?"
+        assert "no option --max_step. Did you mean '--max_steps'?" in refused(
+            *flags, "--max_step", "3"
+        )  # no abbreviation
+        assert "no option --enviroment. Did you mean '--environment'?" in refused("--enviroment", "household")
+        assert "no option --zzz. See trl-epo train --help" in refused(*flags, "--zzz")
+        assert "'household' belongs to no option" in refused("household", *flags)
+        assert "no option --noise." in refused(*flags, "--noise", "0.1")  # one of another command
 
-    def test_impossible_settings(self, tmp_path, capsys):
+    def test_config_files_that_cannot_be_read(self, tmp_path):
+        config = tmp_path / "config.yaml"
+        for text, message in (
+            ("environment: [household", "cannot be read: while parsing"),
+            ("household", "holds 'household' and no settings"),
+            ("max_steps: 2.5", "`max_steps` is 2.5 in .* must be a whole number"),
+            ("learning_rate: [1]", r"`learning_rate` is \[1\] in .* must be a number"),
+            ("max_steps: seven", "max_steps.*invalid int value: 'seven'"),
+            ("env: [1]", "`env` is"),
+        ):
+            config.write_text(text)
+            assert re.search(message, refused("--config", str(config))), text
+        assert "`--config` needs a file" in refused("--config")
+        assert "given 2 times" in refused("--config", "a", "--config=b")
+
+    def test_configs_by_name(self, tmp_path, monkeypatch):
+        monkeypatch.chdir(tmp_path)
+        assert config_file("household-small").samefile(SMALL)
+        assert config_file("household-small.yaml").samefile(SMALL)
+        script, _, _ = parse("train", ["--config=household-small", "--model_name_or_path", "m"])
+        assert script.environment == "household"
+        (tmp_path / "household-small").write_text("environment: textarena\nmodel_name_or_path: m\n")
+        assert parse("train", ["--config", "household-small"])[0].environment == "textarena"  # a path that exists wins
+        wrong = refused("--config", "houshold-small")
+        assert f"no such file in {tmp_path}" in wrong and "Did you mean 'household-small'?" in wrong
+        assert all(path.stem in wrong for path in CONFIGS.glob("*.yaml"))
+        assert "no such file" in refused("--config", "nowhere/household-small.yaml")
+
+    def test_impossible_settings(self, tmp_path):
         flags = ("--environment", "household", "--model_name_or_path", "m")
-        assert "--environment" in refused(capsys)
-        assert "`model_name_or_path` is not set" in refused(capsys, "--environment", "household")
-        assert "'kitchen'" in refused(capsys, "--environment", "kitchen")
-        assert "`tasks_kwargs` is '{rooms: 2}', which is not JSON" in refused(
-            capsys, *flags, "--tasks_kwargs", "{rooms: 2}"
-        )
-        assert "`environment_kwargs` is [1]" in refused(capsys, *flags, "--environment_kwargs", "[1]")
-        assert "nowhere.yaml" in refused(capsys, "--config", str(tmp_path / "nowhere.yaml"))
-        assert "`entropy_coef` is -1.0" in refused(capsys, *flags, "--entropy_coef", "-1")
+        assert "`environment` is not set: give one of household, " in refused()
+        assert "'houshold' belongs to no option" in refused("houshold")
+        assert "`model_name_or_path` is not set" in refused("--environment", "household")
+        assert "'kitchen'" in refused("--environment", "kitchen")
+        assert "Did you mean 'household'?" in refused("--environment", "houshold")
+        assert "`tasks_kwargs` is '{rooms: 2}', which is not JSON" in refused(*flags, "--tasks_kwargs", "{rooms: 2}")
+        assert "`environment_kwargs` is [1]" in refused(*flags, "--environment_kwargs", "[1]")
+        assert "nowhere.yaml" in refused("--config", str(tmp_path / "nowhere.yaml"))
+        assert "`entropy_coef` is -1.0" in refused(*flags, "--entropy_coef", "-1")
 
     def test_a_split_by_itself(self, tmp_path):
         config = tmp_path / "config.yaml"
@@ -212,7 +262,9 @@ class TestRows:
             ScriptArguments("doors_of_mine:Door").panels()
         with pytest.raises(ValueError, match="`environment` is 'doors_of_mine:Window'.*Window"):
             ScriptArguments("doors_of_mine:Window").environment_factory()
-        with pytest.raises(ValueError, match="`tasks` is 'no_such_module:doors'"):
+        with pytest.raises(
+            ValueError, match="`tasks` is 'no_such_module:doors', but there is no module 'no_such_module'"
+        ):
             ScriptArguments("doors_of_mine:Door", tasks="no_such_module:doors").rows("train", None)
 
     @pytest.mark.parametrize(
@@ -315,24 +367,65 @@ class TestCommands:
         assert getattr(trainer.model, f"is_loaded_in_{bits}bit")
         assert trainer.model.get_parameter(Q_PROJ).dtype == (torch.uint8 if bits == 4 else torch.int8)
 
+    def test_an_adapter_is_quantized_as_in_its_training(self, tmp_path, model_folder, monkeypatch):
+        """What its base would be loaded with, as bitsandbytes may not be there."""
+        given = ["--config", str(SMALL), "--model_name_or_path", model_folder, "--output_dir", str(tmp_path / "run")]
+        save_play_settings(*parse("train", [*given, "--use_peft", "--load_in_4bit", "--bnb_4bit_quant_type", "fp4"]))
+        run = save_adapter(tmp_path / "run", model_folder)
+        checkpoint = save_adapter(tmp_path / "run" / "checkpoint-3", model_folder)
+        loaded = []
+
+        def load(folder, quantization_config=None, **kwargs):
+            loaded.append((Path(folder), quantization_config))
+            raise InterruptedError
+
+        monkeypatch.setattr("trl_epo.cli.train.is_bitsandbytes_available", lambda: True)
+        monkeypatch.setattr("trl_epo.cli.train.AutoPeftModelForCausalLM.from_pretrained", load)
+
+        def quantized(folder, command, *more):
+            named = ["--config", str(SMALL), "--output_dir", str(tmp_path), "--model_name_or_path", str(folder)]
+            with pytest.raises(InterruptedError):
+                cli.main(["play", str(folder)] if command == "play" else [command, *named, *more])
+            assert loaded[-1][0] == folder
+            return loaded[-1][1]
+
+        for folder in (run, checkpoint):
+            for command in ("train", "warm-up", "evaluate", "play"):
+                config = quantized(folder, command)
+                assert (config.load_in_4bit, config.bnb_4bit_quant_type) == (True, "fp4")
+        assert quantized(run, "evaluate", "--load_in_4bit", "false") is None
+        assert quantized(run, "evaluate", "--load_in_8bit").load_in_8bit
+        (tmp_path / "run" / "trl_epo.json").unlink()
+        assert quantized(run, "evaluate") is None
+
     def test_code_of_the_models_own(self, tmp_path, model_folder):
-        """In the folder, and as the base of an adapter."""
+        """In the folder, as the base of an adapter, and of a critic."""
         folder = tmp_path / "own"
         shutil.copytree(model_folder, folder)
         (folder / "own.py").write_text(OWN_MODEL)
         config = json.loads((folder / "config.json").read_text())
         maps = {"AutoConfig": "own.OwnConfig", "AutoModelForCausalLM": "own.OwnForCausalLM"}
+        maps["AutoModelForTokenClassification"] = "own.OwnForTokenClassification"
         config |= {"model_type": "own", "architectures": ["OwnForCausalLM"], "auto_map": maps}
         (folder / "config.json").write_text(json.dumps(config))
         adapter = save_adapter(tmp_path / "adapter", folder, trust_remote_code=True)
+        models = []
         for path in (folder, adapter):
             flags = ["--config", str(SMALL), "--output_dir", str(tmp_path), "--model_name_or_path", str(path)]
             flags += ["--trust_remote_code", "--bf16", "false", "--eval_strategy", "no"]
             script, args, model_args = parse("train", flags)
             trainer = make_trainer(script, args, model_args, script.rows("train", 8))
             model = trainer.accelerator.unwrap_model(trainer.model)
-            model = model.get_base_model() if path == adapter else model
-            assert type(model).__name__ == "OwnForCausalLM"
+            models.append(model.get_base_model() if path == adapter else model)
+            assert type(models[-1]).__name__ == "OwnForCausalLM"
+        for critic_model in (None, str(folder)):
+            critic = make_critic(models[0], critic_model, trust_remote_code=True)
+            assert type(critic).__name__ == "OwnForTokenClassification"
+            critic.save_pretrained(tmp_path / "critic")
+            load_model(trainer.accelerator, critic, tmp_path / "critic", trust_remote_code=True)
+        few = {"max_turns": 1, "max_turn_length": 2, "bf16": False}
+        episode = play(adapter, Household, args=EPOConfig(trust_remote_code=True, **few), show=list)
+        assert len(episode.turns) == 1
 
     def test_evaluation_needs_no_reference_model(self, tmp_path, model_folder):
         flags = ["--config", str(SMALL), "--output_dir", str(tmp_path), "--model_name_or_path", model_folder]
@@ -396,8 +489,8 @@ class TestCommands:
             (("--eval_size", "0"), "`eval_size` is 0, but must be at least 1"),
             (("--eval_splits", "val"), "split 'val' .*'train', 'iid', 'ood'"),
             (("--tasks_kwargs", '{"roms": 2}'), "takes .*rooms.*unexpected keyword argument 'roms'"),
-            (("--tasks", "math:pi"), "`tasks` is 'math:pi', a float"),
-            (("--environment", "no_module:a"), "`environment` is 'no_module:a', but there is no such thing"),
+            (("--tasks", "math:pi"), "`tasks` is 'math:pi', but that is a float"),
+            (("--environment", "no_module:a"), "`environment` is 'no_module:a', but there is no module 'no_module'"),
             (("--environment", "math:sqrt"), "called with {} it raises TypeError"),
             (("--environment", "builtins:dict"), "called with {} it gives a dict.*`gymnasium.Env`"),
             (("--environment_kwargs", '{"roms": 2}'), "called with {'roms': 2} it raises TypeError"),
@@ -425,7 +518,7 @@ class TestCommands:
             cli.main(["evaluate", "--config", str(config), "--output_dir", str(tmp_path)])
         assert "`eval_splits` is empty" in capsys.readouterr().err
 
-    @pytest.mark.parametrize(("arguments", "code"), [([], 2), (["dance"], 2), (["--help"], 0)])
+    @pytest.mark.parametrize(("arguments", "code"), [([], 2), (["--help"], 0)])
     def test_no_command(self, capsys, arguments, code):
         with pytest.raises(SystemExit) as stop:
             cli.main(arguments)

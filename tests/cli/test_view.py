@@ -26,15 +26,17 @@ def test_two_runs_and_another_file(run, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("arguments", "message"),
+    ("arguments", "code", "message"),
     [
-        ((), "required: RUN"),
-        (("a", "b", "c"), "3 runs are given, but the page shows one or two"),
-        (("no-such-run",), "no-such-run"),
+        ((), 2, "required: RUN"),
+        (("a", "b", "c"), 2, "3 runs are given, but the page shows one or two"),
+        (("a", "--outptu", "b"), 2, "no option --outptu. Did you mean '--output'?"),
+        (("no-such-run",), 1, "no-such-run"),
     ],
 )
-def test_what_cannot_be_shown(arguments, message, capsys):
+def test_what_cannot_be_shown(arguments, code, message, capsys):
     with pytest.raises(SystemExit) as end:
         cli.main(["view", *arguments])
-    assert end.value.code == 2
-    assert message in capsys.readouterr().err.splitlines()[-1]
+    assert end.value.code == code
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("trl-epo view: error: ") and message in line

@@ -31,10 +31,10 @@ def main(capsys, *arguments):
     return capsys.readouterr().out
 
 
-def refused(capsys, *arguments):
+def refused(capsys, *arguments, code=2):
     with pytest.raises(SystemExit) as stop:
         cli.main([str(argument) for argument in arguments])
-    assert stop.value.code == 2
+    assert stop.value.code == code
     return capsys.readouterr().err.splitlines()[-1]
 
 
@@ -73,11 +73,11 @@ class TestWarmUp:
         flags = (*SHORT, "--model_name_or_path", model_folder, "--output_dir", tmp_path)
         assert "3 episodes were imitated" in main(capsys, "warm-up", *flags, "--chats", tmp_path / "chats.jsonl")
         assert "`chats` is 'nowhere'" in refused(capsys, "warm-up", *flags, "--chats", "nowhere")
-        assert "has kept 0 episodes" in refused(capsys, "warm-up", *flags, "--from", tmp_path, "--success")
+        assert "has kept 0 episodes" in refused(capsys, "warm-up", *flags, "--from", tmp_path, "--success", code=1)
         assert "one source at a time" in refused(capsys, "warm-up", *flags, "--chats", "a", "--teacher", "b")
         assert "`noise` is 0.1, but is for" in refused(capsys, "warm-up", *flags, "--chats", "a", "--noise", "0.1")
         teacher = ("--teacher", "http://127.0.0.1:9/v1", "--teacher_model", "wise")
-        assert "cannot be reached" in refused(capsys, "warm-up", *flags, *teacher)
+        assert "cannot be reached" in refused(capsys, "warm-up", *flags, *teacher, code=1)
 
 
 class TestPlay:
@@ -101,3 +101,5 @@ class TestPlay:
         assert "`row` is -1" in refused(capsys, *flags, "--row", "-1")
         assert "split 'val'" in refused(capsys, *flags, "--split", "val")
         assert "`model_name_or_path` is not set" in refused(capsys, "play", "--config", SMALL)
+        assert "no trl_epo.json in 'nowhere', nor such a folder, which" in refused(capsys, "play", "nowhere")
+        assert "with --environment or --config" in refused(capsys, "play", model_folder)

@@ -47,7 +47,8 @@ def length_groups(lengths: Sequence[int], overhead: int, max_tokens: float = mat
         cost, first = min(splits)
         best.append(cost)
         start.append(first)
-    groups, end = [], len(order)
+    groups: list[list[int]] = []
+    end = len(order)
     while end:
         groups.insert(0, order[start[end] : end])
         end = start[end]

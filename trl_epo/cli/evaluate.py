@@ -10,9 +10,9 @@ from trl import ModelConfig
 from ..config import EPOConfig
 from ..reports import failed_share
 from ..rollouts import FAILURES_FILE
+from .mistakes import UsageError
 from .settings import ScriptArguments
 from .train import make_trainer
-from .usage import UsageError
 
 
 def evaluate(script: ScriptArguments, args: EPOConfig, model_args: ModelConfig) -> None:

@@ -9,9 +9,9 @@ from datasets import Dataset
 
 from ..play import play_row, play_yourself
 from ..reports import PLAY_SETTINGS_FILE
+from .mistakes import UsageError
 from .settings import ScriptArguments, parse
 from .train import make_trainer
-from .usage import UsageError
 
 
 @dataclass
@@ -40,10 +40,18 @@ def play(arguments: Sequence[str]) -> None:
     arguments = list(arguments)
     if arguments and not arguments[0].startswith("-"):
         run = arguments.pop(0)
-        if "--config" not in arguments:
+        given = {argument.partition("=")[0] for argument in arguments}
+        if "--config" not in given:
             # A checkpoint's settings are those of its run
             files = [folder / PLAY_SETTINGS_FILE for folder in (Path(run), Path(run).parent)]
-            arguments += [part for file in files if file.exists() for part in ("--config", str(file))][:2]
+            file = next((file for file in files if file.exists()), None)
+            if file is not None:
+                arguments += ["--config", str(file)]
+            elif "--environment" not in given:
+                raise UsageError(
+                    f"There is no {PLAY_SETTINGS_FILE} in {run!r}, {'' if Path(run).exists() else 'nor such a folder, '}"
+                    "which `trl-epo train` leaves beside a model: say what to play in, with --environment or --config."
+                )
         arguments += ["--model_name_or_path", run]
     script, args, model_args, which = parse("play", arguments, PlayArguments)
     row = _row(script, which)

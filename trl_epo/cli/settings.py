@@ -2,36 +2,30 @@
 
 import inspect
 import json
-from collections.abc import Callable, Sequence
+import os
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from importlib import import_module
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-import gymnasium
+import yaml
 from datasets import Dataset
+from peft.utils import CONFIG_NAME as ADAPTER_CONFIG
 from trl import ModelConfig, TrlParser
 
 from ..config import EPOConfig
 from ..reports import PLAY_SETTINGS_FILE, play_settings
-from .usage import UsageError
+from ..text import did_you_mean
+from .help import all_options
+from .mistakes import OneLineParser, UsageError, one_line
+from .named import ENVIRONMENTS, check_environment_name, config_file, environment_maker, imported, json_object
 
 
-class BuiltIn(NamedTuple):
-    """Where an environment of this package is, and the function that gives its rows."""
-
-    environment: str
-    tasks: str
-
-
-# Each knows the splits "train", "iid" and, but for OpenEnv, "ood".
-ENVIRONMENTS = {
-    "household": BuiltIn("trl_epo.envs.household:Household", "trl_epo.envs.household:tasks"),
-    "scienceworld": BuiltIn("trl_epo.envs.scienceworld:ScienceWorld", "trl_epo.envs.scienceworld:tasks"),
-    "alfworld": BuiltIn("trl_epo.envs.alfworld:AlfWorld", "trl_epo.envs.alfworld:tasks"),
-    "textarena": BuiltIn("trl_epo.envs.textarena:TextArena", "trl_epo.envs.textarena:tasks"),
-    "openenv": BuiltIn("trl_epo.envs.openenv:OpenEnv", "trl_epo.envs.openenv:tasks"),
-}
+# How the weights below an adapter are quantized, as fields of `ModelConfig`
+QUANTIZATION = (
+    *("load_in_4bit", "load_in_8bit", "dtype"),
+    *("bnb_4bit_quant_type", "use_bnb_nested_quant", "bnb_4bit_quant_storage"),
+)
 
 
 @dataclass
@@ -41,7 +35,7 @@ class ScriptArguments:
 
     Parameters:
         environment (`str`):
-            `"household"`, `"scienceworld"`, `"alfworld"`, `"textarena"`, `"openenv"`, or `"module:attribute"`: something that
+            `"household"`, `"scienceworld"`, `"alfworld"`, `"textarena"`, `"openenv"`, or `"module:name"`: something that
             makes an environment when called. Modules are looked for in the working directory too.
         environment_kwargs (`dict` or `str`, *optional*):
             Keyword arguments of the environment (on the command line as JSON).
@@ -50,6 +44,10 @@ class ScriptArguments:
             split. If it takes `size` it is also given `size` and `seed`. Built-in environments have their own.
         tasks_kwargs (`dict` or `str`, *optional*):
             More keyword arguments of that function (on the command line as JSON).
+        reward_funcs (`list[str]`, *optional*):
+            `"module:name"` of functions, rewards besides the episode's return.
+        prompt_builder, action_parser (`str`, *optional*):
+            `"module:name"` of the functions that [`EPOTrainer`] takes by these names.
         tasks_seed (`int`, *optional*, defaults to `0`):
             Which rows are drawn, if not all; the same whatever `seed` training has.
         train_split (`str`, *optional*, defaults to `"train"`):
@@ -68,7 +66,7 @@ class ScriptArguments:
 
     environment: str = field(
         metadata={
-            "help": "'household', 'scienceworld', 'alfworld', 'textarena', 'openenv', or 'module:attribute' of your own."
+            "help": "'household', 'scienceworld', 'alfworld', 'textarena', 'openenv', or 'module:name' of your own."
         }
     )
     environment_kwargs: dict | str | None = field(
@@ -80,6 +78,15 @@ class ScriptArguments:
     )
     tasks_kwargs: dict | str | None = field(
         default=None, metadata={"help": "More keyword arguments of that function, as JSON."}
+    )
+    reward_funcs: list[str] | None = field(
+        default=None, metadata={"help": "'module:name' of functions: rewards besides the episode's return."}
+    )
+    prompt_builder: str | None = field(
+        default=None, metadata={"help": "'module:name' of what makes a turn's prompt where the context is a window."}
+    )
+    action_parser: str | None = field(
+        default=None, metadata={"help": "'module:name' of what finds the action in the model's text."}
     )
     tasks_seed: int = field(default=0, metadata={"help": "Which rows are drawn, if not all."})
     train_split: str = field(default="train", metadata={"help": "The split to train on."})
@@ -101,18 +108,15 @@ class ScriptArguments:
 
     def __post_init__(self):
         for name in ("environment_kwargs", "tasks_kwargs"):
-            setattr(self, name, _json_object(name, getattr(self, name)))
-        if isinstance(self.eval_splits, str):  # a file may say so
-            self.eval_splits = [self.eval_splits]
+            setattr(self, name, json_object(name, getattr(self, name)))
+        for name in ("eval_splits", "reward_funcs"):
+            if isinstance(getattr(self, name), str):  # a file may say so
+                setattr(self, name, [getattr(self, name)])
         for name in ("train_size", "eval_size"):
             size = getattr(self, name)
             if size is not None and size < 1:
                 raise ValueError(f"`{name}` is {size}, but must be at least 1; leave it out for all rows.")
-        if self.environment not in ENVIRONMENTS and ":" not in self.environment:
-            raise ValueError(
-                f"`environment` is {self.environment!r}, but must be one of {', '.join(map(repr, ENVIRONMENTS))}, or "
-                "'module:attribute'."
-            )
+        check_environment_name(self.environment)
         built_in = ENVIRONMENTS.get(self.environment)
         if self.tasks is None and built_in is not None:
             self.tasks = built_in.tasks
@@ -125,28 +129,23 @@ class ScriptArguments:
 
     def environment_factory(self) -> Callable:
         """What makes an environment; raises a `UsageError` if it makes none, or none that talks in text."""
-        built_in = ENVIRONMENTS.get(self.environment)
-        factory = _imported("environment", self.environment if built_in is None else built_in.environment)
+        return environment_maker(self.environment, json_object("environment_kwargs", self.environment_kwargs))
 
-        def make() -> gymnasium.Env:
-            wrong = f"`environment` is {self.environment!r}, but called with {self.environment_kwargs} it"
-            try:
-                environment = factory(**self.environment_kwargs)
-            except Exception as error:
-                raise UsageError(f"{wrong} raises {type(error).__name__}: {error}") from error
-            if not isinstance(environment, gymnasium.Env):
-                raise UsageError(
-                    f"{wrong} gives a {type(environment).__name__}. Name what makes a `gymnasium.Env`, such as a class "
-                    "of your own that inherits from `trl_epo.envs.TextEnv`; `trl_epo.check_env` shows how to wrap another's."
-                )
-            return environment
-
-        return make
+    def functions(self) -> dict[str, Any]:
+        """The arguments of [`EPOTrainer`] that are functions, those that were named."""
+        named: dict[str, Any] = {
+            name: imported(name, path)
+            for name in ("prompt_builder", "action_parser")
+            if (path := getattr(self, name)) is not None
+        }
+        if self.reward_funcs:
+            named["reward_funcs"] = [imported("reward_funcs", path) for path in self.reward_funcs]
+        return named
 
     def rows(self, split: str, size: int | None) -> Dataset:
         """`size` rows of a split, or all of them."""
-        tasks = _imported("tasks", self.tasks)
-        kwargs = self.tasks_kwargs
+        tasks = imported("tasks", self.tasks)
+        kwargs = json_object("tasks_kwargs", self.tasks_kwargs)
         signature = inspect.signature(tasks)
         sized = "size" in signature.parameters
         if sized:
@@ -181,59 +180,119 @@ class ScriptArguments:
         return {split: self.rows(split, self.eval_size) for split in self.eval_splits}
 
 
-def save_play_settings(script: ScriptArguments, args: EPOConfig) -> None:
+def save_play_settings(script: ScriptArguments, args: EPOConfig, model_args: ModelConfig) -> None:
     """Leave beside the model what `trl-epo play` needs to know, as a config file."""
     names = ("environment", "environment_kwargs", "tasks", "tasks_kwargs", "tasks_seed", "eval_splits")
     settings = {name: getattr(script, name) for name in names} | play_settings(args)
+    optional = {name: getattr(script, name) for name in ("prompt_builder", "action_parser")}
+    if model_args.load_in_4bit or model_args.load_in_8bit:
+        optional |= {name: getattr(model_args, name) for name in QUANTIZATION}
+    settings |= {name: value for name, value in optional.items() if value not in (None, False)}
     Path(args.output_dir).mkdir(parents=True, exist_ok=True)
     Path(args.output_dir, PLAY_SETTINGS_FILE).write_text(json.dumps(settings, indent=2) + "\n")
+
+
+class _Parser(TrlParser, OneLineParser):
+    pass
+
+
+def _make_parser(command: str, more: Iterable[type]) -> _Parser:
+    prog = f"trl-epo {command}"
+    usage = f"{prog} [--config FILE] [--OPTION VALUE ...]"
+    make: Any = _Parser  # TrlParser's arguments, which argparse's annotations hide
+    return make((ScriptArguments, EPOConfig, ModelConfig, *more), prog=prog, usage=usage, add_help=False)
 
 
 def parse(command: str, arguments: Sequence[str], *more: type) -> tuple:
     """
     The settings of a command from its flags and, with `--config`, a file; flags win: [`ScriptArguments`], [`EPOConfig`],
-    TRL's `ModelConfig` and one of each class of `more`.
+    TRL's `ModelConfig` and one of each class of `more`. An adapter's weights are quantized as in its training, unless a
+    flag or the file says how.
 
     Raises:
-        SystemExit: If a key or flag is unknown or a value is impossible, after a message that names it.
+        UsageError: If a key or flag is unknown or a value is impossible.
+        SystemExit: After `--help-all`.
     """
-    prog = f"trl-epo {command}"
-    parser = TrlParser(
-        (ScriptArguments, EPOConfig, ModelConfig, *more),
-        prog=prog,
-        usage=f"{prog} [--config FILE] [--FLAG VALUE ...]",
-        allow_abbrev=False,
-    )
+    parser = _make_parser(command, more)
+    if "--help-all" in arguments:
+        print(all_options(parser))
+        raise SystemExit(0)
+    file, flags = _without_config(arguments)
+    config = {} if file is None else _read(file, parser)
+    for action in parser._actions:
+        action.required = False  # the one that is needed has an error of its own
     try:
-        *settings, unknown = parser.parse_args_and_config(arguments, return_remaining_strings=True)
-        if unknown:
-            raise ValueError(f"There is no setting of the name {unknown[0].removeprefix('--')!r} (see {prog} --help).")
-        needs_model = not any(getattr(given, "human", False) for given in settings)
-        if needs_model and settings[2].model_name_or_path is None:
-            raise ValueError("`model_name_or_path` is not set: give a model's folder, or its name on the Hub.")
-        return tuple(settings)
-    except (ValueError, TypeError, OSError) as error:
-        parser.error(str(error))
+        parser.set_defaults_with_config(**config)
+        given, others = parser.parse_known_args(flags)
+        if others:
+            raise UsageError(f"{others[0]!r} belongs to no option: settings are given as --NAME VALUE.")
+        if given.environment is None:
+            raise UsageError(
+                f"`environment` is not set: give one of {', '.join(ENVIRONMENTS)} or 'module:name', or a `config` that does."
+            )
+        told = {*config, *(flag.partition("=")[0].lstrip("-").replace("-", "_") for flag in flags)}
+        if given.model_name_or_path and told.isdisjoint(("load_in_4bit", "load_in_8bit")):
+            saved = _saved_quantization(Path(given.model_name_or_path))
+            parser.set_defaults_with_config(**{name: value for name, value in saved.items() if name not in told})
+        settings = parser.parse_args_into_dataclasses(flags, look_for_args_file=False)
+    except (ValueError, TypeError, OSError, ImportError) as error:
+        raise error if isinstance(error, UsageError) else UsageError(one_line(error)) from error
+    needs_model = not any(getattr(given, "human", False) for given in settings)
+    if needs_model and settings[2].model_name_or_path is None:
+        raise UsageError("`model_name_or_path` is not set: give a model's folder, or its name on the Hub.")
+    return settings
 
 
-def _json_object(name: str, value: dict | str | None) -> dict[str, Any]:
-    if isinstance(value, str):
-        try:
-            value = json.loads(value)
-        except json.JSONDecodeError as error:
-            raise ValueError(f"`{name}` is {value!r}, which is not JSON: {error}") from error
-    if value is not None and not isinstance(value, dict):
-        raise ValueError(f'`{name}` is {value!r}, but must be a mapping, e.g. {{"rooms": 2}}.')
-    return value or {}
+def _without_config(arguments: Sequence[str]) -> tuple[Path | None, list[str]]:
+    """The file that `--config` names, and the other arguments."""
+    files, others, rest = [], [], iter(arguments)
+    for argument in rest:
+        name, has_value, value = argument.partition("=")
+        if name != "--config":
+            others.append(argument)
+            continue
+        value = value if has_value else next(rest, "")
+        if not value or value.startswith("--"):
+            raise UsageError("`--config` needs a file, or the name of one that comes with trl-epo.")
+        files.append(value)
+    if len(files) > 1:
+        raise UsageError(
+            f"`--config` is given {len(files)} times ({', '.join(files)}): put the settings into one file."
+        )
+    return (config_file(files[0]) if files else None), others
 
 
-def _imported(what: str, path: str) -> Callable:
-    """What "module:attribute" names, something to call."""
-    module, _, attribute = path.partition(":")
+def _read(file: Path, parser: _Parser) -> dict[str, Any]:
+    """A config file's settings; its `env` is set in the environment of the process."""
     try:
-        found = getattr(import_module(module), attribute)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise UsageError(f"`{what}` is {path!r}, but there is no such thing: {error}") from error
-    if not callable(found):
-        raise UsageError(f"`{what}` is {path!r}, a {type(found).__name__}, but must be something to call.")
-    return found
+        config = yaml.safe_load(file.read_text())
+    except (yaml.YAMLError, OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"`config` is {str(file)!r}, but cannot be read: {one_line(error)}") from error
+    if not isinstance(config, dict):
+        raise UsageError(
+            f"`config` is {str(file)!r}, but holds {config!r} and no settings: write a line 'NAME: VALUE' for each."
+        )
+    variables = config.pop("env", None) or {}
+    if not isinstance(variables, dict):
+        raise UsageError(f"`env` is {variables!r} in {file}, but must be a mapping of environment variables.")
+    os.environ.update({str(name): str(value) for name, value in variables.items()})
+    actions = {action.dest: action for action in parser._actions}
+    for name, value in config.items():
+        if name not in actions:
+            hint = did_you_mean(str(name), actions) or f" {parser.prog} --help-all lists all settings."
+            raise UsageError(f"There is no setting {name!r}, which is in {file}.{hint}")
+        kind = actions[name].type
+        number = {int: int, float: int | float}.get(kind) if isinstance(kind, type) else None
+        if number is not None and not isinstance(value, number | str | None):
+            raise UsageError(f"`{name}` is {value!r} in {file}, but must be a {'whole ' * (kind is int)}number.")
+    return config
+
+
+def _saved_quantization(folder: Path) -> dict[str, Any]:
+    """How the weights below the adapter in a folder were quantized when it was trained; a checkpoint's, as those of its run."""
+    files = [place / PLAY_SETTINGS_FILE for place in (folder, folder.parent)]
+    file = next((file for file in files if file.exists()), None)
+    if file is None or not Path(folder, ADAPTER_CONFIG).exists():
+        return {}
+    saved = json.loads(file.read_text())
+    return {name: value for name, value in saved.items() if name in QUANTIZATION}

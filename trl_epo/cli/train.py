@@ -1,6 +1,7 @@
 """`trl-epo train`."""
 
 import logging
+import os
 from pathlib import Path
 
 from datasets import Dataset
@@ -11,10 +12,10 @@ from transformers.utils import is_bitsandbytes_available
 from trl import ModelConfig, get_peft_config, get_quantization_config
 
 from ..config import EPOConfig
-from ..runs import last_whole_checkpoint
+from ..runs import check_unused, last_whole_checkpoint
 from ..trainer import EPOTrainer
+from .mistakes import UsageError, settings_checked
 from .settings import ScriptArguments, save_play_settings
-from .usage import UsageError
 
 
 logger = logging.getLogger(__name__)
@@ -49,31 +50,49 @@ def make_trainer(
         **(args.model_init_kwargs or {}),
     }
     model = model_args.model_name_or_path
-    if Path(model, ADAPTER_CONFIG).exists():
-        model = AutoPeftModelForCausalLM.from_pretrained(
-            model, is_trainable=True, quantization_config=quantization, **args.model_init_kwargs
-        )
-        args.model_init_kwargs = quantization = None
-        if wanted := kwargs.pop("peft_config", None):
-            _tell_of_other_adapter(model_args.model_name_or_path, model.peft_config["default"], wanted)
-    else:
-        try:
-            AutoConfig.from_pretrained(
-                model, revision=model_args.model_revision, trust_remote_code=args.trust_remote_code
+    kwargs |= script.functions()
+    with settings_checked():
+        if Path(model, ADAPTER_CONFIG).exists():
+            model = AutoPeftModelForCausalLM.from_pretrained(
+                model, is_trainable=True, quantization_config=quantization, **args.model_init_kwargs
             )
-        except (OSError, ValueError) as error:
-            raise UsageError(
-                f"`model_name_or_path` is {model!r}, but there is no model in such a folder, and none of that name could "
-                f"be had from the Hub: {str(error).splitlines()[0]}"
-            ) from error
-    return EPOTrainer(
-        model,
-        args=args,
-        train_dataset=train_dataset,
-        quantization_config=quantization,
-        environment_factory=script.environment_factory(),
-        **kwargs,
-    )
+            args.model_init_kwargs = quantization = None
+            if wanted := kwargs.pop("peft_config", None):
+                _tell_of_other_adapter(model_args.model_name_or_path, model.peft_config["default"], wanted)
+        else:
+            _check_model(model, model_args.model_revision, args.trust_remote_code)
+        return EPOTrainer(
+            model,
+            args=args,
+            train_dataset=train_dataset,
+            quantization_config=quantization,
+            environment_factory=script.environment_factory(),
+            **kwargs,
+        )
+
+
+def check_output_dir(args: EPOConfig) -> None:
+    """Look before the model is loaded whether the folder can be written in and nobody trains into it."""
+    if args.process_index != 0:
+        return
+    folder = Path(args.output_dir)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UsageError(f"`output_dir` is {str(folder)!r}, but cannot be made: {error}. Name another.") from error
+    if not os.access(folder, os.W_OK):
+        raise UsageError(f"`output_dir` is {str(folder)!r}, but no file can be written there: name another.")
+    check_unused(folder)
+
+
+def _check_model(model: str, revision: str | None, trust_remote_code: bool) -> None:
+    try:
+        AutoConfig.from_pretrained(model, revision=revision, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError) as error:
+        raise UsageError(
+            f"`model_name_or_path` is {model!r}, but there is no model in such a folder, and none of that name could "
+            f"be had from the Hub: {str(error).splitlines()[0]}"
+        ) from error
 
 
 def _tell_of_other_adapter(folder: str, has: PeftConfig, wanted: LoraConfig) -> None:
@@ -107,6 +126,7 @@ def make_train_trainer(script: ScriptArguments, args: EPOConfig, model_args: Mod
 
 def train(script: ScriptArguments, args: EPOConfig, model_args: ModelConfig) -> None:
     """Train, and leave the model, its card and the log in `output_dir`."""
+    check_output_dir(args)
     trainer = make_train_trainer(script, args, model_args)
     checkpoint = args.resume_from_checkpoint
     if checkpoint is None and script.resume:
@@ -115,7 +135,7 @@ def train(script: ScriptArguments, args: EPOConfig, model_args: ModelConfig) -> 
             nothing = f"there is no whole checkpoint in {args.output_dir}, training begins anew"
             logger.warning("--resume: %s.", nothing if checkpoint is None else f"training goes on from {checkpoint}")
     if trainer.is_world_process_zero():
-        save_play_settings(script, args)
+        save_play_settings(script, args, model_args)
     trainer.train(resume_from_checkpoint=checkpoint)
     trainer.save_model()
     trainer.save_state()

@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -16,10 +17,11 @@ from ..imitation import (
 )
 from ..imitation import warm_up as imitate
 from ..rollouts import Episode
+from ..runs import sole_run
 from ..trainer import EPOTrainer
+from .mistakes import UsageError
 from .settings import ScriptArguments, parse, save_play_settings
-from .train import make_trainer
-from .usage import UsageError
+from .train import check_output_dir, make_trainer
 
 
 logger = logging.getLogger(__name__)
@@ -89,6 +91,7 @@ class WarmUpArguments:
 def warm_up(arguments: Sequence[str]) -> None:
     """Imitate, and leave the model and its tokenizer in `output_dir`, for `train` to begin with."""
     script, args, model_args, whom = parse("warm-up", arguments, WarmUpArguments)
+    check_output_dir(args)
     args.beta, args.sync_ref_model, args.advantage_estimator = 0.0, False, "grpo"  # no reference model and no critic
     args.eval_strategy = "no"
     trainer = make_trainer(
@@ -99,7 +102,7 @@ def warm_up(arguments: Sequence[str]) -> None:
         eval_dataset=None if whom.until_success is None else script.panels(),
         peft_config=get_peft_config(model_args),
     )
-    try:
+    with sole_run(args.output_dir) if trainer.is_world_process_zero() else nullcontext():
         episodes = _episodes(trainer, script, whom)
         success = imitate(
             trainer,
@@ -111,10 +114,8 @@ def warm_up(arguments: Sequence[str]) -> None:
             per_device_train_batch_size=whom.warm_up_batch_size,
             logging_steps=args.logging_steps,
         )
-    except ValueError as error:
-        raise UsageError(str(error)) from error
-    trainer.save_model()
-    save_play_settings(script, args)
+        trainer.save_model()
+        save_play_settings(script, args, model_args)
     trainer.accelerator.end_training()
     reached = "" if success is None else f" Success on the evaluation sets: {success:.1%}."
     print(f"{len(episodes)} episodes were imitated.{reached} The model is in {Path(args.output_dir)}.")

@@ -42,7 +42,7 @@ MODEL_FOLDER = "model"  # below the critic's folder of a checkpoint
 
 
 def make_critic(
-    policy: PreTrainedModel | PeftModel, critic_model: str | None, vocab_size: int = 0
+    policy: PreTrainedModel | PeftModel, critic_model: str | None, vocab_size: int = 0, trust_remote_code: bool = False
 ) -> PreTrainedModel | PeftModel:
     """
     A model with a value head.
@@ -52,6 +52,7 @@ def make_critic(
             `critic_model` is given, whose weights; whose kind of adapters, if it has any.
         critic_model (`str`, *optional*): A model on disk or the Hub, or a folder with a critic's adapter.
         vocab_size (`int`): Tokens of the tokenizer.
+        trust_remote_code (`bool`): Whether the model's own code may run.
 
     Raises:
         ValueError: If there is no such model, no such head for the architecture, or it does not know all tokens, or the
@@ -70,10 +71,19 @@ def make_critic(
         if copies_policy:
             config = copy.deepcopy(language_model.config)
             config.num_labels = 1
-            critic, has_head = AutoModelForTokenClassification.from_config(config, dtype=language_model.dtype), False
+            critic, has_head = (
+                AutoModelForTokenClassification.from_config(
+                    config, dtype=language_model.dtype, trust_remote_code=trust_remote_code
+                ),
+                False,
+            )
         else:
             critic, loading = AutoModelForTokenClassification.from_pretrained(
-                critic_model, num_labels=1, dtype=language_model.dtype, output_loading_info=True
+                critic_model,
+                num_labels=1,
+                dtype=language_model.dtype,
+                output_loading_info=True,
+                trust_remote_code=trust_remote_code,
             )
             has_head = not any(is_of_head(name) for name in loading["missing_keys"])
     except OSError as error:
@@ -164,9 +174,9 @@ class Critic:
         self.accelerator = accelerator
         self.trains_alone = False  # in the warm-up
         self.model = model.train()
-        self.optimizer = None
-        self._prepared = None  # the optimizer as the accelerator knows it
-        self.schedule = None
+        self.optimizer: Any = None
+        self._prepared: Any = None  # the optimizer as the accelerator knows it
+        self.schedule: Any = None
 
     @property
     def _is_engine(self) -> bool:
@@ -276,7 +286,7 @@ class Critic:
         elif self._is_engine:
             load_engine(self.model, folder)
         else:
-            load_model(self.accelerator, self.model, model_folder)
+            load_model(self.accelerator, self.model, model_folder, self.args.trust_remote_code)
 
 
 def make_optimizer(critic: nn.Module, args: TrainingArguments) -> torch.optim.Optimizer:

@@ -29,13 +29,15 @@ def save_model(accelerator: Accelerator, model: nn.Module, folder: str, writes: 
         accelerator.unwrap_model(model).save_pretrained(folder, state_dict=weights)
 
 
-def load_model(accelerator: Accelerator, model: nn.Module, folder: str) -> None:
+def load_model(accelerator: Accelerator, model: nn.Module, folder: str, trust_remote_code: bool = False) -> None:
     """Take the weights that [`save_model`] wrote."""
     model = accelerator.unwrap_model(model)
     if is_peft_model(model):
         load_adapter(model, os.path.join(folder, _adapter_subfolder(model)))
     else:
-        saved = AutoModelForTokenClassification.from_pretrained(folder, dtype=model.dtype)
+        saved = AutoModelForTokenClassification.from_pretrained(
+            folder, dtype=model.dtype, trust_remote_code=trust_remote_code
+        )
         model.load_state_dict(sharded_like(saved.state_dict(), model.state_dict()))
 
 
@@ -93,7 +95,8 @@ def load_engine(engine, folder: str) -> None:
 
 def _save_optimizer(optimizer: Optimizer, folder: str) -> None:
     state = optimizer.state_dict()
-    tensors, rest = {}, {}
+    tensors: dict[str, Tensor] = {}
+    rest: dict[str, Any] = {}
     for weight, values in state["state"].items():
         for name, value in values.items():
             (tensors if isinstance(value, Tensor) else rest)[f"{weight}.{name}"] = value

@@ -14,7 +14,7 @@ import ast
 import json
 import re
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import lru_cache
 from typing import Any, NamedTuple
 
@@ -231,7 +231,7 @@ class Facts:
         """
         return self._matches(_query(condition), dict(mapping), set(mapping.values()))
 
-    def _matches(self, predicates: tuple[Predicate, ...], mapping: Mapping, used: set[Term]) -> Iterator[Mapping]:
+    def _matches(self, predicates: Sequence[Predicate], mapping: Mapping, used: set[Term]) -> Iterator[Mapping]:
         if not predicates:
             yield dict(mapping)
             return
@@ -284,6 +284,9 @@ class Game:
         admissible_commands (`list[str]`): What may be said now, ordered.
         won (`bool`): Whether the goal is reached.
     """
+
+    _facts: Facts
+    _can_plan: bool
 
     def __init__(self, contents: dict[str, Any]):
         self._domain, self._problem = contents["pddl_domain"], contents["pddl_problem"]

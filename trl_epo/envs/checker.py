@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import gymnasium
@@ -102,7 +103,7 @@ def _check_episode(env: gymnasium.Env, options: dict[str, Any], notes: list[str]
         problems.append("The first observation is empty, but it must tell the agent its task.")
     for action in HOSTILE_ACTIONS:
         shown = _name(action)
-        answer = attempt(f"`step({shown})`", lambda action=action: env.step(action), check_step)
+        answer = attempt(f"`step({shown})`", partial(env.step, action), check_step)
         if answer is None:
             break
         observation, _, terminated, truncated, info = answer

@@ -322,7 +322,7 @@ def _answer(connection: socket.socket) -> None:
             os._exit(0)
         try:
             function, args = pickle.loads(request)
-            answer = (cloudpickle.dumps(function(*args)), None)
+            answer: tuple[bytes | None, Any] = (cloudpickle.dumps(function(*args)), None)
         except BaseException as error:  # also that of one that calls `sys.exit`
             answer = (None, _taken_apart(error))
         _send(connection, pickle.dumps(answer))

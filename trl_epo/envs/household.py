@@ -146,8 +146,8 @@ class _World:
     treated: set[tuple[str, str]] = field(default_factory=set)  # ("clean", thing), ("heat", thing)
 
     def copy(self) -> "_World":
-        changing = (self.where, self.closed, self.locks, self.treated)
-        return _World(self.exits, self.furniture, self.goal, self.room, *(part.copy() for part in changing))
+        parts = (self.where.copy(), self.closed.copy(), self.locks.copy(), self.treated.copy())
+        return _World(self.exits, self.furniture, self.goal, self.room, *parts)
 
     def carried(self) -> list[str]:
         return [thing for thing, place in self.where.items() if place == HANDS]
@@ -326,9 +326,9 @@ def _draw_house(rng: random.Random, rooms: int, ood: bool) -> tuple[dict[str, li
         if not fitting:
             return None
         doors.append((room, rng.choice(fitting)))
-    extra = tuple(rng.sample(names, 2))
-    if not {extra, extra[::-1]}.intersection(doors) and (ood or not _held_out(*extra)):
-        doors.append(extra)
+    one, other = rng.sample(names, 2)
+    if not {(one, other), (other, one)}.intersection(doors) and (ood or not _held_out(one, other)):
+        doors.append((one, other))
     exits = {room: [a if b == room else b for a, b in doors if room in (a, b)] for room in names}
 
     furniture: dict[str, list[str]] = {}
@@ -540,7 +540,7 @@ class Household(TextEnv):
             raise ValueError(
                 f"Unknown options {unknown}: pass only {list(self._knobs)}, remove the other columns from the row."
             )
-        knobs = self._knobs | given
+        knobs: dict[str, Any] = self._knobs | given
         _check_knobs(knobs)
         rng = random.Random(int(self.np_random.integers(2**63)))
         for _ in range(MAX_TRIES):

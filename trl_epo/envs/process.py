@@ -60,7 +60,7 @@ class ProcessEnv(TextEnv):
         return self._ask(_step, action)
 
     @property
-    def instructions(self) -> str | None:
+    def instructions(self) -> str | None:  # type: ignore[override]  # asked of the process
         self._have_process()
         return self._ask(_instructions)
 

@@ -236,7 +236,8 @@ class ScienceWorld(TextEnv):
         if unknown := set(options or {}) - set(self.defaults):
             raise ValueError(f"unknown options {sorted(unknown)}: expected {', '.join(self.defaults)}")
         given = {name: value for name, value in (options or {}).items() if value is not None}
-        task, variation, simplification = (self.defaults | given).values()
+        row: dict[str, Any] = self.defaults | given
+        task, variation, simplification = row.values()
         if task is None:
             raise ValueError('no task: give one as ScienceWorld(task=…) or reset(options={"task": …})')
         _check(task, variation, simplification)
@@ -300,7 +301,8 @@ class ScienceWorld(TextEnv):
         if self._world is None or not self._world.jvm.alive():
             self._world = None  # from here on `interrupt` is for the process that starts
             self._world = _World(_current_jvm())
-        actions = self._world.load(*self._row, expert)
+        task, variation, simplification = self._row
+        actions = self._world.load(task, variation, simplification, expert)
         observation = f"{self._world.description}\n\n{self._world.step('look around')}"
         info = self._look()
         self._turn = 0

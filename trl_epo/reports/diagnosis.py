@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 from ..config import EPOConfig
@@ -20,7 +21,7 @@ NO_ENTROPY = 1e-3  # nats
 NOISE = 0.9  # of ln V, the entropy of tokens drawn blindly
 RISEN = 0.25  # of the way from the first steps' entropy to ln V …
 TIMES_RISEN = 2.0  # … if it is also that many times the former
-WHERE_TO_LOOK = "docs/troubleshooting.md"
+WHERE_TO_LOOK = Path(__file__).parents[1] / "docs" / "troubleshooting.md"  # which comes with the package
 
 
 class Diagnosis:

@@ -89,7 +89,7 @@ def success_interval(outcomes: Sequence[RowOutcome]) -> tuple[float, float]:
     if not num_episodes:
         raise ValueError("There are no outcomes to estimate a success rate from.")
     rate = sum(outcome.num_successes for outcome in outcomes) / num_episodes
-    z, effective = Z_95, num_rows
+    z, effective = Z_95, float(num_rows)
     if num_rows > 1 and 0.0 < rate < 1.0:
         squares = sum((outcome.num_successes - rate * outcome.num_episodes) ** 2 for outcome in outcomes)
         variance = num_rows / (num_rows - 1) * squares / num_episodes**2

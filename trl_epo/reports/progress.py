@@ -8,6 +8,7 @@ import math
 import shutil
 import sys
 from itertools import accumulate
+from typing import Any
 
 from tqdm.auto import tqdm
 from transformers import PrinterCallback, ProgressCallback, Trainer
@@ -75,6 +76,9 @@ def _width() -> float:
 
 class BarAndLines(ProgressCallback):
     """In the place of Trainer's: its bar, in a terminal only, and lines above it."""
+
+    training_bar: Any
+    prediction_bar: Any
 
     def __init__(self):
         super().__init__()

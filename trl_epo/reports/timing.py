@@ -2,7 +2,7 @@
 
 import sys
 import time
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -32,7 +32,7 @@ class StepTimes(TrainerCallback):
         self._forget()
 
     def _forget(self) -> None:
-        self._seconds: Counter[str] = Counter()
+        self._seconds: dict[str | None, float] = defaultdict(float)
         self._num_steps = self._num_tokens = 0
 
     def on_train_begin(self, args, state, control, **kwargs):

@@ -52,8 +52,8 @@ def _cells(row: dict[str, Any]) -> list[Any]:
         invalid = "" if turn["valid"] else " (invalid)"
         turns.append(f"[{number}] {turn['text']}\n{action}{invalid}\n{turn['observation']}")
     prompt = row["turns"][0]["prompt"] if row["turns"] else row["first_observation"]
-    prompt, turns = (printable(shortened(text, MAX_TEXT_LENGTH)) for text in (prompt, "\n\n".join(turns)))
-    return [row["step"], row["task"], prompt, turns, row["success"], row["return"], row["stop_reason"]]
+    texts = [printable(shortened(text, MAX_TEXT_LENGTH)) for text in (prompt, "\n\n".join(turns))]
+    return [row["step"], row["task"], *texts, row["success"], row["return"], row["stop_reason"]]
 
 
 def _show_in_wandb(callback: WandbCallback, cells: list[list[Any]], name: str, step: int) -> None:

@@ -298,7 +298,8 @@ def _fitting(order: list[int], pack: Callable[[list[int]], _Chunks], room: int) 
 def _chunks(
     episodes: list[dict[str, Any]], chosen: list[int], fields: Sequence[str], pick: Callable[[dict[str, Any]], Any]
 ) -> _Chunks:
-    packed, waiting = _Chunks(chosen), []
+    packed = _Chunks(chosen)
+    waiting: list[Any] = []
 
     def flush() -> None:
         packed.chunks.append(_packed(waiting))

@@ -78,8 +78,8 @@ class ChatEncoder:
         rendered = self._render([("user", 0), ("assistant", 1), ("user", 2)])
         after_action = rendered[rendered.index(1) + 1 :]
         position = after_action.index(2)
-        self._before_observation: str = "".join(after_action[:position])
-        self._after_observation: str = "".join(after_action[position + 1 :])
+        self._before_observation: str = "".join(map(str, after_action[:position]))
+        self._after_observation: str = "".join(map(str, after_action[position + 1 :]))
         self.opens_thought: bool = THINK in self._after_observation.rpartition(END_OF_THOUGHT)[2]
         quiet = self._render([("user", 0)], enable_thinking=False)
         self.thinks: bool = self.opens_thought or self._render([("user", 0)]) != quiet

@@ -99,12 +99,12 @@ class NextTurn(NamedTuple):
     Args:
         new_ids (`list[int]`): Tokens that follow those of the context so far or, if `starts_context`, a whole prompt.
         starts_context (`bool`): Whether a new context begins, which holds nothing of the last one.
-        room (`int`): Tokens that the action may take.
+        room (`float`): Tokens that the action may take.
     """
 
     new_ids: list[int]
     starts_context: bool
-    room: int
+    room: float
 
 
 class ContextRules:
@@ -242,7 +242,7 @@ class ContextRules:
         built = self.prompt_builder(turn)
         return whole_messages(add_observation(turn.prompt, built) if isinstance(built, str) else built)
 
-    def _room(self, length: int, prompt_length: int) -> int:
+    def _room(self, length: int, prompt_length: int) -> float:
         """Tokens left in a context that holds `length`, `prompt_length` of which were its first prompt."""
         room = self.max_length - (length - prompt_length)
         if self.context_length is not None:

@@ -155,7 +155,11 @@ class EnvironmentPool:
         self.timeout = timeout
         self.seconds_awaited = 0.0
         self.named = isinstance(factory, dict)
-        self.factories = factory if self.named else {None: factory}
+        self.factories: dict[str | None, EnvironmentFactory]
+        if isinstance(factory, dict):
+            self.factories = dict(factory)
+        else:
+            self.factories = {None: factory}
         self._idle: dict[str | None, list[EnvironmentWorker]] = {name: [] for name in self.factories}
         self._closing: list[EnvironmentWorker] = []
 

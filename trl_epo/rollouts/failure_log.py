@@ -31,7 +31,7 @@ class FailureLog:
         self.path = path
         self._writes = writes
         self._own: list[dict[str, Any]] = []  # of this process, not shared yet
-        self.counts = {"train": Counter(), "eval": Counter()}
+        self.counts: dict[str, Counter] = {"train": Counter(), "eval": Counter()}
 
     def begin(self, mode: str) -> None:
         """Forget what an earlier run or evaluation has left, which may have been interrupted."""

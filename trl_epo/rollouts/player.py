@@ -143,7 +143,7 @@ class EpisodePlayer:
         )
         texts = environments.instructions()
         self._instructions = {name: chat.instruct(text) if text else [] for name, text in texts.items()}
-        self.longest_context = context_length or max_length
+        self.longest_context: float = context_length or max_length
         self._forget_memory()
         self._num_panel_rows = 0  # that were given out so far
         self._panel_size = 0  # in episodes

@@ -160,7 +160,7 @@ class _Playing:
             new_ids = new_ids[kept:]
         else:
             self.context += new_ids
-        sampler.add(index, new_ids, min(limits.max_turn_length, room))
+        sampler.add(index, new_ids, int(min(limits.max_turn_length, room)))
 
     def act(self, sample: Sample, rules: ContextRules, action_parser: ActionParser, pool: EnvironmentPool) -> Future:
         """Ask the environment to answer the sampled action."""
@@ -211,7 +211,8 @@ class _Playing:
             if self.sample is None:
                 self._begin(observation, info, rules)
             else:
-                self._note_turn(observation, *verdict, info, rules, limits)
+                reward, terminated, truncated = verdict
+                self._note_turn(observation, reward, terminated, truncated, info, rules, limits)
         except Exception as error:
             kind = kind or kind_of(error)
             action = None if self.sample is None else self.action
@@ -451,7 +452,7 @@ def _is_enough(answers: list[Future], return_when: str) -> bool:
 
 
 def _failed(error: Exception) -> Future:
-    future = Future()
+    future: Future = Future()
     future.set_exception(error)
     return future
 

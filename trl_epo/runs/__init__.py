@@ -14,6 +14,7 @@ from .checkpoints import (
     last_whole_checkpoint,
     rotate,
 )
+from .folder_lock import LOCK_FILE, FolderInUse, check_unused, sole_run
 from .gloo import let_gloo_finish
 from .interruption import NAMES, Interruption, end
 from .nonfinite import NonfiniteSteps, gradient_is_finite, leaves_overflow_to_scaler
@@ -33,15 +34,18 @@ from .sharding import (
 
 
 __all__ = [
+    "LOCK_FILE",
     "NAMES",
     "TRAINING_ARGS_NAME",
     "CheckpointError",
+    "FolderInUse",
     "Interruption",
     "NonfiniteSteps",
     "begin_checkpoint",
     "called_alone",
     "check_critic",
     "check_rollouts",
+    "check_unused",
     "checkpoint_to_resume",
     "end",
     "finish_checkpoint",
@@ -59,4 +63,5 @@ __all__ = [
     "set_timeout",
     "sharded_like",
     "shards_with_zero3",
+    "sole_run",
 ]

@@ -96,7 +96,7 @@ class Interruption:
         if self.signal is None:
             self.signal, self._since = signal.Signals(number), time.monotonic()
             logger.warning(
-                f"{NAMES[number]}: writing a checkpoint at the end of this optimizer step, then ending."
+                f"{NAMES[self.signal]}: writing a checkpoint at the end of this optimizer step, then ending."
                 + (" Another Ctrl-C ends it at once, without one." if number == signal.SIGINT else "")
             )
             if not has_echo:

@@ -27,7 +27,8 @@ def save_run_state(checkpoint: Path, process: int, state: dict[str, Any], micro_
         state (`dict`): What JSON can carry; a number or text stands for other values.
         micro_batches (`list[dict | None]`): Those of the generation batch by their place, `None` for used ones.
     """
-    tensors, others = {}, []
+    tensors: dict[str, Tensor] = {}
+    others: list[dict[str, Any] | None] = []
     for index, batch in enumerate(micro_batches):
         others.append(None if batch is None else {})
         for name, value in (batch or {}).items():

@@ -20,12 +20,14 @@ import transformers.trainer
 from accelerate.utils import DistributedType
 from torch.distributed import DistError
 from torch.distributed.checkpoint import CheckpointException
+from transformers import TrainerControl
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import logging
 from transformers.utils.hub import hf_api
 from trl import GRPOTrainer
 
 from ..runs import (
+    LOCK_FILE,
     NAMES,
     TRAINING_ARGS_NAME,
     CheckpointError,
@@ -112,8 +114,8 @@ BEST = ("best_metric", "best_global_step", "best_model_checkpoint")
 # What saves sharded weights: the processes gather them together, then some of them write.
 SHARDED_SAVES = ("save_fsdp_model", "save_fsdp_optimizer")
 # What stays on the machine when Trainer pushes a folder: notes that hold paths and tracebacks; a pickle of all settings, the
-# token of the Hub included; and a checkpoint that was downloaded to resume from, which would take the place of a newer one.
-NOT_PUSHED = ("episodes/*", TRAINING_ARGS_NAME, "last-checkpoint/*")
+# token of the Hub included; a checkpoint that was downloaded to resume from, which would take the place of a newer one.
+NOT_PUSHED = ("episodes/*", TRAINING_ARGS_NAME, "last-checkpoint/*", LOCK_FILE)
 
 
 @contextmanager
@@ -155,6 +157,9 @@ class FaultTolerantGRPOTrainer(GRPOTrainer):
     `GRPOTrainer` that survives what can go wrong in training: it leaves out optimizer steps that are not finite, ends with a
     checkpoint on SIGTERM and Ctrl-C, knows whole checkpoints from cut ones, and goes on from them as if nothing had happened.
     """
+
+    control: TrainerControl
+    _buffered_inputs: list[dict[str, Any]] | None
 
     def __init__(self, *args, **kwargs):
         self._interruption = Interruption()
