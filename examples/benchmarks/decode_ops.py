@@ -24,6 +24,7 @@ from trl import TrlParser
 from trl_epo.sampling import CachedTurnSampler, make_logits_processors
 
 
+COPIES = {"tensor", "as_tensor", "asarray", "from_numpy", "new_tensor"}
 # Operations that end in the host's memory, whatever called them.
 WAITS = {"_local_scalar_dense", "nonzero", "masked_select", "unique", "_unique2"}
 
@@ -42,7 +43,6 @@ class _Operations(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         name = func.overloadpacket.__name__
-        self.counts["copies"] += name == "lift_fresh"
         self.counts["operations"] += not (func.is_view or name in ("lift_fresh", "detach"))  # launches nothing
         by_mask = name.startswith("index") and any(
             isinstance(index, Tensor) and index.dtype in (torch.bool, torch.uint8)
@@ -54,7 +54,7 @@ class _Operations(TorchDispatchMode):
 
 
 class _Calls(TorchFunctionMode):
-    """Those that a CPU answers without an operation."""
+    """Those that a CPU answers without an operation of its own."""
 
     def __init__(self, counts: Counter):
         super().__init__()
@@ -63,6 +63,10 @@ class _Calls(TorchFunctionMode):
     def __torch_function__(self, func, types, args=(), kwargs=None):
         name = getattr(func, "__name__", "")
         self.counts["waits"] += name in ("tolist", "cpu", "numpy")
+        self.counts["copies"] += name in COPIES
+        if name in ("__getitem__", "__setitem__"):
+            index = args[1] if isinstance(args[1], tuple) else (args[1],)
+            self.counts["copies"] += sum(isinstance(part, list) for part in index)
         return func(*args, **(kwargs or {}))
 
 
@@ -113,11 +117,11 @@ def main() -> None:
     rows = []
     for name, autocast, settings in (
         ("float32", False, {}),
-        ("bf16 autocast", True, {}),
-        ("top_k, top_p", False, {"top_k": 20, "top_p": 0.9}),
-        ("repetition_penalty", False, {"repetition_penalty": 1.1}),
-        ("no_repeat_ngram_size", False, {"no_repeat_ngram_size": 4}),
-        ("bad_words_ids", False, {"bad_words_ids": [[5, 6], [9]]}),
+        ("autocast", True, {}),
+        ("top-k, top-p", False, {"top_k": 20, "top_p": 0.9}),
+        ("repetition", False, {"repetition_penalty": 1.1}),
+        ("n-grams", False, {"no_repeat_ngram_size": 4}),
+        ("bad words", False, {"bad_words_ids": [[5, 6], [9]]}),
     ):
         few, many = (counts_of(model, script.episodes, 3 + more, autocast, settings) for more in (0, script.tokens))
         per_token = {kind: (many[kind] - few[kind]) / script.tokens for kind in ("operations", "copies", "waits")}
