@@ -3,6 +3,7 @@
 import gc
 import weakref
 from collections import Counter
+from contextlib import contextmanager
 from itertools import count
 
 import gymnasium
@@ -12,7 +13,9 @@ from conftest import CHATML, PATIENT_RUN, Corridor, make_model
 from datasets import Dataset, IterableDataset
 from peft import LoraConfig, PromptTuningConfig
 from torch.profiler import profile
-from transformers import BloomConfig, BloomForCausalLM, Phi3Config, Phi3ForCausalLM
+from transformers import AttentionInterface, BloomConfig, BloomForCausalLM, Phi3Config, Phi3ForCausalLM
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
 from trl_epo import EPOConfig, EPOTrainer
 from trl_epo.rollouts.episode import StopReason
@@ -657,6 +660,39 @@ class TestWithTrl:
         assert trainer.model.training
         assert all(entry["episode/turns"] > 1 for entry in logs(trainer))
         assert all(entry["episode/stop/failure"] == 0 for entry in logs(trainer))
+
+    def test_the_loss_keeps_an_attention_that_rollouts_cannot_use(self, tmp_path, tokenizer, monkeypatch):
+        calls = Counter()
+
+        def noted(*args, **kwargs):  # takes what sdpa takes, but is not known to do so
+            calls["sampling" if sampling else "loss"] += 1
+            return sdpa_attention_forward(*args, **kwargs)
+
+        sampling = []
+        original = EPOTrainer.turn_sampler
+
+        @contextmanager
+        def turn_sampler(trainer, *args):
+            with original(trainer, *args) as used:
+                assert type(used) is CachedTurnSampler
+                sampling.append(True)
+                yield used
+                sampling.pop()
+
+        monkeypatch.setattr(EPOTrainer, "turn_sampler", turn_sampler)
+        AttentionInterface.register("noted", noted)
+        AttentionMaskInterface.register("noted", sdpa_mask)
+        trained = []
+        for implementation in ("noted", "sdpa"):
+            model = make_model()
+            model.set_attn_implementation(implementation)
+            trainer = make_trainer(tmp_path, tokenizer, model=model)
+            trainer.train()
+            assert trainer.model.config._attn_implementation == implementation
+            trained.append(weights(trainer))
+        assert calls["loss"] > 0
+        assert calls["sampling"] == 0
+        assert torch.equal(*trained)
 
     @pytest.mark.parametrize(("original_length", "sampler"), [(32, RequestTurnSampler), (512, CachedTurnSampler)])
     def test_rotations_that_change_with_the_context(self, tmp_path, tokenizer, original_length, sampler):

@@ -9,7 +9,7 @@ import torch
 from conftest import make_model, shapes_read
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from samplers import EOS, PAD, Greedy, reference_turn, refuse_caches, sampler
+from samplers import EOS, PAD, Greedy, in_buckets, reference_turn, refuse_caches, sampler
 from transformers import (
     AutoModelForCausalLM,
     BloomConfig,
@@ -27,7 +27,8 @@ from transformers import (
 )
 
 from trl_epo.sampling import memory
-from trl_epo.sampling.cached import _draw, unfit_for_cached_sampler
+from trl_epo.sampling.cached import forward_overhead, masked_attention, unfit_for_cached_sampler
+from trl_epo.sampling.decoding import draw
 from trl_epo.sampling.processors import make_logits_processors
 from trl_epo.sampling.requests import RequestTurnSampler
 
@@ -115,19 +116,21 @@ def test_thirty_ragged_turns_equal_reading_the_transcript_again(model):
     assert play(model, [30, 12, 30, 1, 9, 21], prompts, max_concurrent=6) < 1e-4
 
 
-@settings(max_examples=25)
+@settings(max_examples=30)
 @given(
     num_turns=st.lists(st.integers(1, 6), min_size=1, max_size=9),
     groups=st.integers(1, 4),
     max_concurrent=st.integers(1, 9),
     seed=st.integers(0, 99),
+    buckets=st.booleans(),
 )
-def test_any_mixture_of_episodes_equals_reading_the_transcript_again(num_turns, groups, max_concurrent, seed):
+def test_any_mixture_of_episodes_equals_reading_the_transcript_again(num_turns, groups, max_concurrent, seed, buckets):
     model = make_model(vocab_size=50).eval()
     rng = random.Random(seed)
     prompts = [rng.choices(range(3, 50), k=rng.randint(1, 20)) for _ in range(groups)]
     prompts = [prompts[episode * groups // len(num_turns)] for episode in range(len(num_turns))]
-    assert play(model, num_turns, prompts, max_concurrent, seed) < 1e-4
+    with in_buckets(buckets):
+        assert play(model, num_turns, prompts, max_concurrent, seed) < 1e-4
 
 
 ARCHITECTURES = {
@@ -153,6 +156,9 @@ def test_other_architectures(kind, monkeypatch):
     monkeypatch.setattr(memory, "PIECE_BYTES", 1)
     monkeypatch.setattr(memory, "FEWEST_TOKENS", 3)
     assert play(model, [6, 3, 5], prompts, max_concurrent=2) < 1e-4
+    # in buckets, as on a GPU
+    with in_buckets():
+        assert play(model, [6, 3, 5], prompts, max_concurrent=2) < 1e-4
     # and what the arithmetic says of the cache
     cached = sampler(model, LogitsProcessorList([Greedy()]))
     sample(cached, {0: [5, 6], 1: [7]}, limit=1)
@@ -324,6 +330,7 @@ def test_after_turns_were_added_the_others_have_missed_nothing(model):
     greedy = sampler(model, LogitsProcessorList([Never(EOS)]))
     greedy.add(0, [5, 6], 1)
     greedy.add(1, [5, 7], 50)
+    assert [episode for episode, _ in greedy.advance()] == [0]
     while not greedy.wants_turns:
         greedy.advance()
     greedy.add(0, [8], 1)
@@ -334,10 +341,11 @@ def test_after_turns_were_added_the_others_have_missed_nothing(model):
 class TestDraw:
     def test_never_a_token_of_probability_zero(self):
         for number, token in ((0.0, 2), (1.0 - 1e-16, 3)):
-            assert _draw(torch.tensor([[0.0, 0.0, 0.25, 0.75, 0.0]]), [number]).tolist() == [[token]]
+            numbers = torch.tensor([[number]], dtype=torch.float64)
+            assert draw(torch.tensor([[0.0, 0.0, 0.25, 0.75, 0.0]]), numbers).tolist() == [[token]]
 
     def test_rows_need_not_sum_to_one(self):
-        drawn = _draw(torch.tensor([[0.001, 0.003]]).expand(4000, 2), torch.arange(4000).div(4000).tolist())
+        drawn = draw(torch.tensor([[0.001, 0.003]]).expand(4000, 2), torch.arange(4000).div(4000)[:, None])
         assert float(drawn.float().mean()) == pytest.approx(0.75, abs=0.03)
 
     def test_a_model_that_diverged_is_an_error(self, model):
@@ -473,7 +481,7 @@ def test_unknown_generation_setting_is_refused():
     [
         (LlamaConfig(), None),
         (Gemma2Config(attn_implementation="eager"), None),
-        (LlamaConfig(attn_implementation="flex_attention"), "flex_attention"),
+        (LlamaConfig(attn_implementation="flex_attention"), None),
         (BloomConfig(), "position_ids"),
         (FalconConfig(alibi=True), "of its own"),
         (GPTNeoConfig(), "of its own"),
@@ -485,6 +493,52 @@ def test_models_that_do_not_fit(config, reason):
         model = AutoModelForCausalLM.from_config(config)
     unfit = unfit_for_cached_sampler(model, longest_context=math.inf)
     assert (unfit is None) if reason is None else reason in unfit
+
+
+class TestAnotherAttention:
+    def test_flex_attention_is_put_aside_while_sampling(self, model):
+        model.set_attn_implementation("flex_attention")
+        with masked_attention(model):
+            assert model.config._attn_implementation == "sdpa"
+            assert play(model, [3, 2], [[5, 6, 7], [8]], max_concurrent=2) < 1e-4
+        assert model.config._attn_implementation == "flex_attention"
+        ids = torch.tensor([[5, 6, 7, 8]])
+        with torch.no_grad(), torch.compiler.set_stance("force_eager"):
+            flex = model(ids).logits
+        model.set_attn_implementation("sdpa")
+        with torch.no_grad():
+            torch.testing.assert_close(flex, model(ids).logits)
+
+    def test_it_comes_back_after_an_error(self, model):
+        model.set_attn_implementation("flex_attention")
+        with pytest.raises(ZeroDivisionError), masked_attention(model):
+            _ = 1 // 0
+        assert model.config._attn_implementation == "flex_attention"
+
+    def test_models_without_sdpa_are_eager_meanwhile(self):
+        sizes = {"vocab_size": 50, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "head_dim": 8}
+        sizes |= {"num_attention_heads": 4, "num_key_value_heads": 2, "sliding_window": 6}
+        config = Gemma2Config(**sizes, eos_token_id=2, attn_implementation="flex_attention")
+        model = AutoModelForCausalLM.from_config(config).eval()
+        with masked_attention(model):
+            assert model.config._attn_implementation == "eager"
+            assert play(model, [2, 1], [[5] * 9, [8]], max_concurrent=2) < 1e-4
+        assert model.config._attn_implementation == "flex_attention"
+
+    def test_one_that_cannot_be_changed(self, model, monkeypatch):
+        model.set_attn_implementation("flex_attention")
+        monkeypatch.setattr(type(model), "_can_set_attn_implementation", lambda *args: False)
+        assert "'flex_attention' and cannot be changed" in unfit_for_cached_sampler(model, math.inf)
+
+
+def test_how_many_lengths_share_a_forward(model, monkeypatch):
+    lengths = [400] * 4 + [40] * 4
+    for device, groups in ("cpu", [(4, 399), (4, 39)]), ("cuda", [(8, 399)]):
+        cached = sampler(model, LogitsProcessorList([Greedy()]))
+        cached._forward_overhead = forward_overhead(torch.device(device))
+        with shapes_read(model) as read:
+            sample(cached, {episode: [5 + episode] * length for episode, length in enumerate(lengths)}, limit=1)
+        assert [shape for shape in read if shape[1] > 1] == groups
 
 
 def rotating(rope_parameters, make_config=LlamaConfig, context_length=128, **kwargs):

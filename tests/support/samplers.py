@@ -1,9 +1,12 @@
 """Samplers for tests, and what they are compared with."""
 
 import math
+from contextlib import contextmanager
 
+import pytest
 import torch
 
+from trl_epo.sampling import kv_cache
 from trl_epo.sampling.cached import CachedTurnSampler
 from trl_epo.sampling.kv_cache import _Layer
 from trl_epo.sampling.turns import Sample
@@ -21,6 +24,15 @@ class Greedy:
 
 def sampler(model, processors, temperature=1.0, **kwargs):
     return CachedTurnSampler(model, [EOS], PAD, temperature=temperature, processors=processors, **kwargs)
+
+
+@contextmanager
+def in_buckets(forced=True):
+    """While this context lasts, a CPU's forwards have as many rows and columns as a GPU's."""
+    with pytest.MonkeyPatch.context() as patch:
+        if forced:
+            patch.setattr(kv_cache, "EXACT_DEVICES", frozenset())
+        yield
 
 
 def refuse_caches(monkeypatch, max_cells):

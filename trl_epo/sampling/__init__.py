@@ -2,11 +2,12 @@
 Tokens of turns.
 
 In: a model and the tokens that it is to read. Out: a turn's sampled tokens and their log-probs. Knows no episode and no environment.
-Imports: batches. Open first: `turns.py`, what a sampler is; `cached.py` keeps keys and values over turns, `requests.py` asks for
+Imports: batches. Open first: `turns.py`, what a sampler is; `cached.py` keeps keys and values over turns, `decoding.py` goes from
+one sampled token to the next, `requests.py` asks for
 each turn anew (vLLM), `memory.py` says what may be in memory at once.
 """
 
-from .cached import CachedTurnSampler, unfit_for_cached_sampler
+from .cached import CachedTurnSampler, masked_attention, unfit_for_cached_sampler
 from .memory import Footprint
 from .processors import make_logits_processors
 from .requests import RequestTurnSampler
@@ -20,5 +21,6 @@ __all__ = [
     "Sample",
     "TurnSampler",
     "make_logits_processors",
+    "masked_attention",
     "unfit_for_cached_sampler",
 ]

@@ -5,15 +5,17 @@ import logging
 import math
 import random
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import torch
 from accelerate.utils.memory import should_reduce_batch_size
-from torch import Tensor
-from transformers import LogitsProcessorList, PreTrainedModel
+from torch import Tensor, nn
+from transformers import LogitsProcessorList, PreTrainedConfig, PreTrainedModel
 
 from ..batches import length_groups
+from .decoding import NUMBERS, DecodeStep, Drawing, Masks, number_dtype
 from .kv_cache import EpisodeCache
 from .memory import Footprint, free_memory, num_fitting
 from .processors import READS_HISTORY
@@ -22,7 +24,42 @@ from .turns import Sample
 
 logger = logging.getLogger(__name__)
 
-FORWARD_OVERHEAD = 128  # a forward of its own costs about as much as this many padded tokens in a shared one
+# A forward of its own costs about as much as this many padded tokens in a shared one: on a CPU, measured; on accelerators, which
+# wait for launches while tokens are few, an estimate.
+CPU_FORWARD_OVERHEAD = 128
+ACCELERATOR_FORWARD_OVERHEAD = 2048
+MASKED_ATTENTION = ("sdpa", "eager")  # implementations that take any mask and keys and values of any length
+
+
+def forward_overhead(device: torch.device) -> int:
+    """What one more forward costs, in tokens."""
+    return CPU_FORWARD_OVERHEAD if device.type == "cpu" else ACCELERATOR_FORWARD_OVERHEAD
+
+
+@contextmanager
+def masked_attention(model: PreTrainedModel) -> Iterator[None]:
+    """
+    While this context lasts, a model whose attention is of another implementation (flash-attention, flex, kernels) computes it
+    with `"sdpa"`, or with `"eager"` if it has no such. Its weights are not touched.
+    """
+    configs = {id(config): config for module in model.modules() if (config := _text_config(module)) is not None}
+    before = [
+        (config, config._attn_implementation)
+        for config in configs.values()
+        if config._attn_implementation not in (*MASKED_ATTENTION, None)
+    ]
+    try:
+        for config, _ in before:
+            config._attn_implementation = "sdpa" if model._supports_sdpa else "eager"
+        yield
+    finally:
+        for config, implementation in before:
+            config._attn_implementation = implementation
+
+
+def _text_config(module: nn.Module) -> PreTrainedConfig | None:
+    config = getattr(module, "config", None)
+    return config.get_text_config() if isinstance(config, PreTrainedConfig) else None
 
 
 def unfit_for_cached_sampler(model: PreTrainedModel, longest_context: float) -> str | None:
@@ -37,8 +74,8 @@ def unfit_for_cached_sampler(model: PreTrainedModel, longest_context: float) -> 
     layers = set(getattr(config, "layer_types", None) or ["full_attention"])
     if not layers <= {"full_attention", "sliding_attention"}:
         return f"its layers are of the types {', '.join(sorted(layers))}"
-    if config._attn_implementation not in ("sdpa", "eager"):
-        return f"its attention is {config._attn_implementation!r} (with 'sdpa' it would do)"
+    if config._attn_implementation not in MASKED_ATTENTION and not model._can_set_attn_implementation():
+        return f"its attention is {config._attn_implementation!r} and cannot be changed (with 'sdpa' it would do)"
     if "position_ids" not in inspect.signature(model.forward).parameters:
         return "it takes no `position_ids`"
     rope = getattr(config, "rope_parameters", None) or {}
@@ -65,7 +102,8 @@ class _Row:
     episode: int | None  # None: has ended
     tokens: list[int]  # all so far
     numbers: random.Random  # of its own, so that what is sampled beside it changes nothing
-    number: float = field(init=False)  # draws its next token
+    coming: list[float] = field(default_factory=list)  # the first of them draws its next token
+    num_sampled: int = 0  # tokens, in all turns
     place: int = -1  # its row of the cache
     num_cached: int = 0  # how many tokens are in the cache
     room: int = 0  # tokens that this turn may still take
@@ -73,8 +111,10 @@ class _Row:
     logprobs: list[float] = field(default_factory=list)
     entropies: list[float] = field(default_factory=list)
 
-    def __post_init__(self):
-        self.number = self.numbers.random()
+    def next_numbers(self, count: int) -> list[float]:
+        """Those that draw its next tokens."""
+        self.coming += (self.numbers.random() for _ in range(count - len(self.coming)))
+        return self.coming[:count]
 
     @property
     def num_unread(self) -> int:
@@ -125,12 +165,8 @@ class CachedTurnSampler:
     ):
         self.model = model
         self.device = next(model.parameters()).device
-        # As a tensor, for a slice of the hidden states is no plain matrix: on a CPU the head would then take its rows singly,
-        # which costs ten times as much, in bfloat16 some hundred times.
-        self._last_position = torch.tensor([-1], device=self.device)
         self.eos_token_ids = frozenset(eos_token_ids)
         self.pad_token_id = pad_token_id
-        self.temperature = temperature
         self.processors = processors
         self._tells_entropies = tells_entropies
         self._longest_context = longest_context
@@ -138,17 +174,14 @@ class CachedTurnSampler:
         self.max_episodes = math.inf
         self._reads_history = any(isinstance(processor, READS_HISTORY) for processor in processors)
         config = model.config.get_text_config()
-        self._sliding_window = getattr(config, "sliding_window", None)
-        if not getattr(config, "use_sliding_window", True):
-            self._sliding_window = None
-        one_kind = "full_attention" if self._sliding_window is None else "sliding_attention"
-        self._layer_kinds = set(getattr(config, "layer_types", None) or [one_kind])
-        self._mask_dtype = model.dtype if config._attn_implementation == "eager" else torch.bool
+        self._masks = Masks(model)
+        self._drawing = Drawing(processors, temperature, tells_entropies)
         kind = self.device.type
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else model.dtype
         self._footprint = Footprint.of(config, dtype)
         self._num_layers, self._vocab_size = config.num_hidden_layers, config.vocab_size
-        self._cache = self._new_cache()
+        self._forward_overhead = forward_overhead(self.device)
+        self._renew_cache()
         self._seed = int(torch.randint(2**62, ()))
         self._num_begun: Counter[int] = Counter()
         self._episodes: dict[int, _Row] = {}
@@ -158,8 +191,11 @@ class CachedTurnSampler:
         self._finished: list[_Row] = []  # their turns, that is
         self._idle_steps = 0  # tokens that the other rows have missed while these ran
 
-    def _new_cache(self) -> EpisodeCache:
-        return EpisodeCache(self._num_layers, self.device, self._longest_context)
+    def _renew_cache(self) -> None:
+        self._cache = EpisodeCache(self._num_layers, self.device, self._longest_context, self._reads_history)
+        self._step = DecodeStep(self.model, self._cache, self._masks, self._drawing)
+        self._stepping: list[tuple[_Row, int, int]] = []  # what the step is ready for: each row, its place, its tokens
+        self._step_rows: list[int] = []  # the rows of the step's results that are theirs
 
     def num_fitting(self) -> float:
         """
@@ -202,6 +238,7 @@ class CachedTurnSampler:
 
     def close(self) -> None:
         """Let go of the cache, also while something still holds the sampler, such as the traceback of an error."""
+        self._step.clear()
         self._cache.clear()
 
     @property
@@ -239,7 +276,7 @@ class CachedTurnSampler:
     def _advance(self) -> None:
         self._begin_turns()
         while self._running and not self._finished:
-            self._sample(self._running, self._read(self._running))
+            self._decode()
             self._idle_steps += len(self._rows) - len(self._running)
             if self.wants_turns:
                 break
@@ -251,8 +288,8 @@ class CachedTurnSampler:
         """Memory has run out: keep what the episodes have sampled, and begin again with half as many in the cache."""
         rows = self._in_cache()
         self.max_episodes = len(rows) // 2
-        self._cache.clear()
-        self._cache = self._new_cache()
+        self.close()
+        self._renew_cache()
         if self.device.type != "cpu":
             torch.get_device_module(self.device).empty_cache()
         for row in rows:
@@ -286,11 +323,15 @@ class CachedTurnSampler:
         self._close_ranks()
         if ready:
             self._idle_steps = 0
-        for rows in _groups(ready, [row.num_unread for row in ready]):
+        for rows in self._groups(ready, [row.num_unread for row in ready]):
             logits = self._read(rows)
             self._asked = [row for row in self._asked if row not in rows]
             self._running += rows
             self._sample(rows, logits)
+
+    def _groups(self, rows: list[_Row], lengths: list[int]) -> list[list[_Row]]:
+        groups = length_groups(lengths, self._forward_overhead)
+        return [[rows[index] for index in group] for group in groups]
 
     def _place(self, new: list[_Row]) -> None:
         """Give new episodes their places in the cache, and read their prompts, each once, but for the last token."""
@@ -309,9 +350,9 @@ class CachedTurnSampler:
                 else:
                     copies.append((source, row))
             self._rows[row.place : row.place + 1] = [row]
-        self._cache.resize(len(self._rows))
+        self._cache.resize(len(self._rows), self.max_episodes)
         reading = [row for row in readers.values() if len(row.tokens) > 1]
-        for rows in _groups(reading, [len(row.tokens) - 1 for row in reading]):
+        for rows in self._groups(reading, [len(row.tokens) - 1 for row in reading]):
             self._read(rows, leave=1)
         for source, row in copies:
             row.num_cached = len(row.tokens) - 1
@@ -328,7 +369,7 @@ class CachedTurnSampler:
             self._rows[place] = row
         if num_left < len(self._rows):
             del self._rows[num_left:]
-            self._cache.resize(num_left)
+            self._cache.resize(num_left, self.max_episodes)
 
     def _read(self, rows: list[_Row], leave: int = 0) -> Tensor:
         """
@@ -366,51 +407,51 @@ class CachedTurnSampler:
         for row in rows:
             row.num_cached += len(new[row.place])
         extent = max(row.num_cached for row in rows) + 1
+        self._cache.room(extent)
+        token_ids = torch.tensor(token_ids, device=self.device)
         columns = torch.tensor(columns, device=self.device)
-        self._cache.aim(None if whole else [row.place for row in rows], columns, extent)
+        places = torch.tensor([row.place for row in rows], device=self.device)
+        self._cache.aim(None if whole else places, token_ids, columns, extent)
         output = self.model(
-            input_ids=torch.tensor(token_ids, device=self.device),
-            attention_mask=self._masks(columns, extent),
+            input_ids=token_ids,
+            attention_mask=self._masks.new(columns, extent, self._cache.dtype),
             position_ids=(columns - 1).clamp(min=0),
             past_key_values=self._cache,
             use_cache=True,
-            logits_to_keep=self._last_position,
+            logits_to_keep=self._step.last_position,
         )
         logits = output.logits[:, -1]
-        return logits[[row.place for row in rows]] if whole else logits
-
-    def _masks(self, columns: Tensor, extent: int) -> Tensor | dict[str, Tensor]:
-        """What each token attends to, (rows, 1, tokens, extent), for each type of layer."""
-        own = columns[:, None, :, None]
-        others = torch.arange(extent, device=self.device)
-        # Padding attends to the column of padding, so that no token attends to nothing.
-        visible = (others <= own) & ((others > 0) | (own == 0))
-        masks = {}
-        for kind in self._layer_kinds:
-            mask = visible if kind == "full_attention" else visible & (others > own - self._sliding_window)
-            if self._mask_dtype != torch.bool:
-                hidden = torch.finfo(self._mask_dtype).min
-                mask = torch.zeros_like(mask, dtype=self._mask_dtype).masked_fill(~mask, hidden)
-            masks[kind] = mask
-        return masks if len(masks) > 1 else mask
+        return logits[places] if whole else logits
 
     def _sample(self, rows: list[_Row], logits: Tensor) -> None:
-        """Draw a token for each of these running rows from its logits, (rows, vocabulary)."""
-        logits = logits.float()
+        """Draw a token for each of these running rows, which have just been read, from its logits, (rows, vocabulary)."""
+        history = None
         if self._reads_history:
-            histories = [torch.tensor([row.tokens], device=self.device) for row in rows]
-            scores = [self.processors(h, logits[i : i + 1]) for i, h in enumerate(histories)]
-            scores = torch.cat(scores)
-        else:
-            scores = self.processors(None, logits)
-        drawn = _draw(scores.softmax(dim=-1), [row.number for row in rows])  # (rows, 1)
-        all_logprobs = (logits / self.temperature).log_softmax(dim=-1)  # (rows, vocabulary)
-        logprobs = all_logprobs.gather(1, drawn.clamp(min=0)).flatten().tolist()
-        entropies = [0.0] * len(rows)
-        if self._tells_entropies:  # a token of probability 0 adds 0·∞, which is 0
-            entropies = (-all_logprobs.exp() * all_logprobs).nansum(dim=-1).tolist()
+            lengths = torch.tensor([[row.num_cached] for row in rows], device=self.device)
+            places = torch.tensor([row.place for row in rows], device=self.device)
+            history = self._cache.history(places, lengths, max(row.num_cached for row in rows), logits.size(1))
+        numbers = [row.next_numbers(1) for row in rows]
+        numbers = torch.tensor(numbers, dtype=number_dtype(self.device), device=self.device)
+        self._note(rows, *self._drawing(logits, history, numbers).tolist())
+
+    def _decode(self) -> None:
+        """Read the last token of each running row, and sample the next."""
+        rows = self._running
+        stepping = [(row, row.place, row.num_sampled) for row in rows]
+        if stepping != self._stepping or not self._step.is_ready:
+            numbers = [row.next_numbers(NUMBERS) for row in rows]
+            places, cached = [row.place for row in rows], [row.num_cached for row in rows]
+            self._step_rows = self._step.begin(places, [row.tokens[-1] for row in rows], cached, numbers)
+        results = self._step().tolist()  # the only wait for the device
+        for row in rows:
+            row.num_cached += 1
+        self._stepping = [(row, place, num_sampled + 1) for row, place, num_sampled in stepping]
+        self._note(rows, *([values[row] for row in self._step_rows] for values in results))
+
+    def _note(self, rows: list[_Row], drawn: list[float], logprobs: list[float], entropies: list[float]) -> None:
+        """Give these running rows what was sampled for them."""
         # Memory may run out up to here, where nothing is noted yet.
-        for row, token, logprob, entropy in zip(rows, drawn.flatten().tolist(), logprobs, entropies, strict=True):
+        for row, token, logprob, entropy in zip(rows, map(int, drawn), logprobs, entropies, strict=True):
             if token < 0:
                 raise RuntimeError(
                     "There is no token to sample: the model's logits are not finite, or the generation settings suppress "
@@ -422,28 +463,9 @@ class CachedTurnSampler:
             row.token_ids.append(token)
             row.logprobs.append(logprob)
             row.entropies.append(entropy)
-            row.number = row.numbers.random()
+            del row.coming[0]
+            row.num_sampled += 1
             row.room -= 1
             if token in self.eos_token_ids or not row.room:
                 self._finished.append(row)
         self._running = [row for row in self._running if row not in self._finished]
-
-
-def _draw(probabilities: Tensor, numbers: list[float]) -> Tensor:
-    """
-    A token for each row, (rows, 1), −1 if there is none as the probabilities are not finite: where the cumulated
-    probabilities, (rows, vocabulary), pass the row's random number of [0, 1). On a CPU this takes a third of the time of
-    `torch.multinomial`, which draws a random number for every token.
-    """
-    dtype = torch.float32 if probabilities.device.type == "mps" else torch.float64  # MPS has no float64
-    cumulated = probabilities.cumsum(dim=-1, dtype=dtype)
-    numbers = torch.tensor(numbers, dtype=dtype, device=probabilities.device)[:, None]
-    numbers = numbers.clamp(max=1 - torch.finfo(dtype).eps / 2)  # rounded up to 1 it would draw what has probability 0
-    # `right`: never a token of probability 0
-    drawn = torch.searchsorted(cumulated, numbers * cumulated[:, -1:], right=True).clamp(max=probabilities.size(1) - 1)
-    return drawn.where(cumulated[:, -1:].isfinite(), -1)
-
-
-def _groups(rows: list[_Row], lengths: list[int]) -> list[list[_Row]]:
-    groups = length_groups(lengths, FORWARD_OVERHEAD)
-    return [[rows[index] for index in group] for group in groups]

@@ -11,6 +11,16 @@ from transformers.cache_utils import CacheLayerMixin
 
 GROWTH = 1.25  # buffers that are full grow by this factor
 COLUMN_STEP = 64  # and to a multiple of this many columns
+# Where a row or column more costs its arithmetic, a forward has as many as there are. Elsewhere it costs next to nothing, and
+# shapes that come again are worth more.
+EXACT_DEVICES = frozenset({"cpu"})
+
+
+def bucket(size: int, device: torch.device, most: float = math.inf) -> int:
+    """How many rows or columns to have for so many: on accelerators the next power of two, but no more than `most`."""
+    if device.type in EXACT_DEVICES or not size:
+        return size
+    return max(size, int(min(2 ** (size - 1).bit_length(), most)))
 
 
 class _Layer(CacheLayerMixin):
@@ -35,7 +45,7 @@ class _Layer(CacheLayerMixin):
         cache = self.cache
         self.keys[cache.row_index, :, cache.columns] = key_states.transpose(1, 2).to(self.keys.dtype)
         self.values[cache.row_index, :, cache.columns] = value_states.transpose(1, 2).to(self.values.dtype)
-        rows = slice(cache.num_rows) if cache.rows is None else cache.rows
+        rows = slice(cache.columns.size(0)) if cache.rows is None else cache.rows
         return self.keys[rows, :, : cache.extent], self.values[rows, :, : cache.extent]
 
     def refit(self) -> None:
@@ -67,50 +77,93 @@ class EpisodeCache(Cache):
     Keys and values of a batch of episodes, for any decoder of `transformers` that takes an explicit attention mask.
 
     The token at position p of the episode in row r is in row r, column p + 1. Column 0 takes what padding writes and is
-    never attended to. Before each forward [`aim`] says where its tokens go.
+    never attended to. Before each forward [`room`] makes room and [`aim`] says where its tokens
+    go.
 
     Args:
         num_layers (`int`): Attention layers of the model.
         device (`torch.device`): Where the model is.
         longest_context (`float`, *optional*): Tokens of the longest context: no buffer grows beyond it unless one is longer.
+        keeps_tokens (`bool`, *optional*): Whether to keep the tokens too, for [`history`].
     """
 
-    def __init__(self, num_layers: int, device: torch.device, longest_context: float = math.inf):
+    def __init__(
+        self, num_layers: int, device: torch.device, longest_context: float = math.inf, keeps_tokens: bool = False
+    ):
         super().__init__(layers=[_Layer(self) for _ in range(num_layers)])
         self.device = device
         self.longest_context = longest_context
+        self.keeps_tokens = keeps_tokens
+        self.tokens = torch.zeros(0, 0, dtype=torch.long, device=device)  # (rows, columns)
         self.num_rows = 0
         self.row_capacity = 0
         self.column_capacity = 0
         self.extent = 0  # columns that the next forward attends to
 
-    def resize(self, num_rows: int) -> None:
-        """Set the number of rows. Memory follows when more are needed, or at most half of them are left."""
+    def resize(self, num_rows: int, most: float = math.inf) -> None:
+        """
+        Set the number of rows; there will be no more than `most`. Memory follows when more are needed, or at most half of
+        them are left.
+        """
         self.num_rows = num_rows
         if not num_rows > self.row_capacity // 2 or num_rows > self.row_capacity:
-            self.row_capacity = num_rows
+            self.row_capacity = bucket(num_rows, self.device, most)
             self._refit()
 
-    def aim(self, rows: list[int] | None, columns: Tensor, extent: int) -> None:
+    @property
+    def padded_rows(self) -> int:
+        """Rows of a forward over the whole cache: the bucket of its number of rows."""
+        return bucket(self.num_rows, self.device, self.row_capacity)
+
+    def room(self, extent: int) -> int:
+        """Have room for so many columns, that of padding included; how many a forward that decodes attends to, their bucket."""
+        if extent > self.column_capacity:
+            grown = (
+                int(self.column_capacity * GROWTH)
+                if self.device.type in EXACT_DEVICES
+                else bucket(extent, self.device)
+            )
+            wanted = max(extent, min(grown, self.longest_context + 1))
+            self.column_capacity = -(-wanted // COLUMN_STEP) * COLUMN_STEP
+            self._refit()
+        if self.device.type in EXACT_DEVICES:
+            return extent
+        return bucket(max(extent, COLUMN_STEP), self.device, self.column_capacity)
+
+    def aim(self, rows: Tensor | None, token_ids: Tensor, columns: Tensor, extent: int) -> None:
         """
         Say where the tokens of the next forward go.
 
         Args:
-            rows (`list[int]` or `None`): The cache row of each row of the forward; `None`: all, in order.
+            rows (`Tensor` or `None`): The cache row of each row of the forward; `None`: the first ones, in order.
+            token_ids (`Tensor`): The tokens, (rows of the forward, tokens).
             columns (`Tensor`): The column of each token, (rows of the forward, tokens); 0 for padding.
-            extent (`int`): Columns to attend to: the largest of `columns`, and one more.
+            extent (`int`): Columns to attend to, for which there is [`room`].
         """
-        if extent > self.column_capacity:
-            wanted = max(extent, min(int(self.column_capacity * GROWTH), self.longest_context + 1))
-            self.column_capacity = -(-wanted // COLUMN_STEP) * COLUMN_STEP
-            self._refit()
         self.columns = columns
         self.extent = extent
-        self.rows = None if rows is None else torch.tensor(rows, device=self.device)
-        self.row_index = (torch.arange(self.num_rows, device=self.device) if rows is None else self.rows)[:, None]
+        self.rows = rows
+        self.row_index = (torch.arange(columns.size(0), device=self.device) if rows is None else rows)[:, None]
+        if self.keeps_tokens:
+            self.tokens[self.row_index, columns] = token_ids
+
+    def history(self, rows: Tensor, lengths: Tensor, width: int, filler: int) -> Tensor:
+        """
+        What has been read of episodes, with the last tokens below each other, (rows, width).
+
+        Args:
+            rows (`Tensor`): Their rows of the cache, (rows,).
+            lengths (`Tensor`): How many tokens of each, (rows, 1).
+            width (`int`): At least the largest of these.
+            filler (`int`): A token that comes in no episode, before those of shorter ones.
+        """
+        columns = lengths + torch.arange(1 - width, 1, device=self.device)
+        return self.tokens[rows[:, None], columns.clamp(min=0)].masked_fill(columns < 1, filler)
 
     def copy(self, source: int, target: int, num_tokens: int) -> None:
         """Copy an episode's first tokens from one row to another."""
+        if self.keeps_tokens:
+            self.tokens[target, : num_tokens + 1] = self.tokens[source, : num_tokens + 1]
         for layer in self.layers:
             if layer.is_initialized:
                 layer.keys[target, :, : num_tokens + 1] = layer.keys[source, :, : num_tokens + 1]
@@ -123,6 +176,17 @@ class EpisodeCache(Cache):
         num_bytes = sum(layer.keys.nbytes + layer.values.nbytes for layer in layers)
         return num_bytes / (self.row_capacity * self.column_capacity)
 
+    @property
+    def dtype(self) -> torch.dtype | None:
+        """What attention computes in; `None` as long as nothing has been read."""
+        return next((layer.keys.dtype for layer in self.layers if layer.is_initialized), None)
+
+    @property
+    def addresses(self) -> list[int]:
+        """Where the buffers are."""
+        buffers = [buffer for layer in self.layers if layer.is_initialized for buffer in (layer.keys, layer.values)]
+        return [buffer.data_ptr() for buffer in (*buffers, self.tokens)]
+
     def clear(self) -> None:
         """Let go of all memory, whoever still holds the cache. It cannot be used any more."""
         for layer in self.layers:
@@ -130,5 +194,10 @@ class EpisodeCache(Cache):
         self.layers.clear()
 
     def _refit(self) -> None:
+        if self.keeps_tokens:
+            rows, columns = min(self.row_capacity, self.tokens.size(0)), self.tokens.size(1)
+            tokens = self.tokens.new_zeros(self.row_capacity, self.column_capacity)
+            tokens[:rows, :columns] = self.tokens[:rows]
+            self.tokens = tokens
         for layer in self.layers:
             layer.refit()

@@ -41,6 +41,7 @@ from ..sampling import (
     RequestTurnSampler,
     TurnSampler,
     make_logits_processors,
+    masked_attention,
     unfit_for_cached_sampler,
 )
 from ..text import printable_parts
@@ -414,6 +415,7 @@ class SeamedGRPOTrainer(FaultTolerantGRPOTrainer):
                 gradient_checkpointing_kwargs=self.args.gradient_checkpointing_kwargs,
             ) as model,
             called_alone(self.model_wrapped),
+            masked_attention(self._causal_lm(self.model)),
             self.accelerator.autocast(),  # around all forwards, so that it casts each weight once
             _kept_casts(model),
         ):
