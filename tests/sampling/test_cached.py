@@ -9,6 +9,7 @@ import torch
 from conftest import make_model, shapes_read
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from peft import LoraConfig, get_peft_model
 from samplers import EOS, PAD, Greedy, in_buckets, reference_turn, refuse_caches, sampler
 from transformers import (
     AutoModelForCausalLM,
@@ -287,6 +288,14 @@ def test_the_head_is_given_a_plain_matrix(model):
     assert given
     for hidden in given:
         assert hidden.stride() == (hidden.shape[1] * hidden.shape[2], hidden.shape[2], 1)
+
+
+@pytest.mark.filterwarnings("error:.*past_key_values:FutureWarning")
+@pytest.mark.parametrize("adapter", [False, True])
+def test_the_cache_goes_by_the_name_that_the_model_has_for_it(model, adapter):
+    if adapter:
+        model = get_peft_model(model, LoraConfig(target_modules=["q_proj"]))
+    sample(sampler(model, LogitsProcessorList([Greedy()])), {0: [5] * 9}, limit=2)
 
 
 def test_what_is_read_at_once_is_bounded(model, monkeypatch):

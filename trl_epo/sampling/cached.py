@@ -416,9 +416,9 @@ class CachedTurnSampler:
             input_ids=token_ids,
             attention_mask=self._masks.new(columns, extent, self._cache.dtype),
             position_ids=(columns - 1).clamp(min=0),
-            past_key_values=self._cache,
             use_cache=True,
             logits_to_keep=self._step.last_position,
+            **{self._step.cache_argument: self._cache},
         )
         logits = output.logits[:, -1]
         return logits[places] if whole else logits

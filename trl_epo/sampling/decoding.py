@@ -1,10 +1,11 @@
 """The step from one sampled token to the next, in buffers that stay where they are on the device."""
 
+import inspect
 import math
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import LogitsProcessorList, PreTrainedModel
 
 from .kv_cache import EpisodeCache, bucket
@@ -13,6 +14,12 @@ from .kv_cache import EpisodeCache, bucket
 NUMBERS = 64  # random numbers of a row that go to the device at once
 # Experimental, never measured: on CUDA, record the model's forward for each bucket and replay it (`torch.cuda.graph`).
 CAPTURES_GRAPHS = False
+
+
+def cache_argument(model: nn.Module) -> str:
+    """What the model's forward calls its key/value cache; transformers has renamed it."""
+    model = model.get_base_model() if hasattr(model, "get_base_model") else model  # an adapter's forward hides it
+    return "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
 
 
 def number_dtype(device: torch.device) -> torch.dtype:
@@ -141,6 +148,7 @@ class DecodeStep:
         # As a tensor, for a slice of the hidden states is no plain matrix: on a CPU the head would then take its rows singly,
         # which costs ten times as much, in bfloat16 some hundred times.
         self.last_position = torch.tensor([-1], device=self.device)
+        self.cache_argument = cache_argument(model)
         self._capacity = 0  # rows of the buffers
         self._mask_buffers: dict[str, Tensor] = {}
         self._graphs: dict[tuple[int, int, bool], tuple[torch.cuda.CUDAGraph, Tensor]] = {}
@@ -238,9 +246,9 @@ class DecodeStep:
             input_ids=ids,
             attention_mask=as_argument(masks),
             position_ids=(columns - 1).clamp(min=0),
-            past_key_values=self.cache,
             use_cache=True,
             logits_to_keep=self.last_position,
+            **{self.cache_argument: self.cache},
         )
         return output.logits[:, -1]
 
