@@ -414,7 +414,7 @@ class CachedTurnSampler:
         self._cache.aim(None if whole else places, token_ids, columns, extent)
         output = self.model(
             input_ids=token_ids,
-            attention_mask=self._masks.new(columns, extent, self._cache.dtype),
+            attention_mask=self._masks.new(columns, extent, self._cache.cached_dtype),
             position_ids=(columns - 1).clamp(min=0),
             use_cache=True,
             logits_to_keep=self._step.last_position,

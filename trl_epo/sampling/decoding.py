@@ -229,7 +229,7 @@ class DecodeStep:
     def _fit_masks(self) -> None:
         shape = (self._capacity, 1, 1, self.cache.column_capacity)
         if not self._mask_buffers or next(iter(self._mask_buffers.values())).shape != shape:
-            dtype = self._masks.eager_dtype or self.cache.dtype
+            dtype = self._masks.eager_dtype or self.cache.cached_dtype
             self._mask_buffers = {
                 kind: torch.zeros(shape, dtype=dtype, device=self.device) for kind in self._masks.kinds
             }

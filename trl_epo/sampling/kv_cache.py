@@ -177,8 +177,11 @@ class EpisodeCache(Cache):
         return num_bytes / (self.row_capacity * self.column_capacity)
 
     @property
-    def dtype(self) -> torch.dtype | None:
-        """What attention computes in; `None` as long as nothing has been read."""
+    def cached_dtype(self) -> torch.dtype | None:
+        """
+        What attention computes in; `None` as long as nothing has been read. (Not named `dtype`, by which accelerate, looking
+        for tensors of 16 bits in a model's outputs, would take the cache for one.)
+        """
         return next((layer.keys.dtype for layer in self.layers if layer.is_initialized), None)
 
     @property
