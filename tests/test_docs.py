@@ -9,7 +9,7 @@ import runpy
 import shutil
 import sys
 import tomllib
-from contextlib import redirect_stdout
+from contextlib import redirect_stdout, suppress
 from dataclasses import fields
 from functools import cache
 from importlib import import_module
@@ -38,8 +38,9 @@ by_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relat
 # Of other programs
 OTHER_FLAGS = {"cpu", "multi_gpu", "num_processes", "config_file"}  # accelerate
 OTHER_FLAGS |= {"shutdown-timeout", "signal", "no-deps", "no-build-isolation"}  # torchrun, SLURM, pip
+OTHER_FLAGS |= {"help-all"}
 OTHER_SETTINGS = {"max_concurrent_envs"}
-OTHER_NAMES = {"trl_epo.json", "trl_epo.episodes", "test_runtime", "eval_kl"}
+OTHER_NAMES = {"trl_epo.json", "trl_epo.episodes", "test_runtime", "eval_kl", "project_urls"}
 
 
 def fences(page, *languages):
@@ -110,16 +111,16 @@ def flags_of(script):
     out = io.StringIO()
     argv, path = sys.argv, list(sys.path)
     try:
-        sys.argv = [script, "--help"]
-        with redirect_stdout(out), pytest.raises(SystemExit):
+        with redirect_stdout(out), suppress(SystemExit):
             if script.endswith(".py"):
+                sys.argv = [script, "--help"]
                 sys.path.insert(0, str((ROOT / script).parent))
                 runpy.run_path(str(ROOT / script), run_name="__main__")
             else:
-                cli.main([script, "--help"])
+                cli.main([script, "--help" if script == "view" else "--help-all"])
     finally:
         sys.argv, sys.path[:] = argv, path
-    return set(re.findall(r"--[\w-]+", out.getvalue()))
+    return {flag.replace("-", "_") for flag in re.findall(r"--[\w-]+", out.getvalue())}
 
 
 def commands(page):
@@ -129,10 +130,10 @@ def commands(page):
         for name, value in re.findall(r'^(\w+)="(.*)"$', block, re.MULTILINE):
             block = block.replace(f"${name}", value)
         for line in block.splitlines():
-            line = re.sub(r"\s#.*", "", line)
+            line = re.sub(r"\s#.*|: error: .*", "", line)
             for called, rest in re.findall(r"(?:trl-epo|-m trl_epo|python) ([\w/.-]+)(.*)", line):
                 if called in cli.COMMANDS or called.endswith(".py"):
-                    yield called, re.findall(r"(?<=\s)--[\w-]+", rest)
+                    yield called, [flag.replace("-", "_") for flag in re.findall(r"(?<=\s)--[\w-]+", rest)]
 
 
 @by_page

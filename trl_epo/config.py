@@ -27,6 +27,14 @@ GROUP_FILTERS = ("mask", "resample")
 METRIC_SCHEDULES = ("reduce_lr_on_plateau", "greedy")
 
 
+class _InitSignature:
+    """Lets a class with a `__new__` of its own be shown with the arguments of its `__init__`."""
+
+    def __get__(self, instance: object, owner: type) -> inspect.Signature:
+        signature = inspect.signature(owner.__init__)
+        return signature.replace(parameters=list(signature.parameters.values())[1:])
+
+
 @dataclass
 class EPOConfig(GRPOConfig):
     r"""
@@ -421,6 +429,8 @@ class EPOConfig(GRPOConfig):
         default=1000.0,
         metadata={"help": "What kept episodes may take of the disk, in MB; then fewer steps' are kept."},
     )
+
+    __signature__ = _InitSignature()
 
     def __new__(cls, *args, **kwargs):
         known = inspect.signature(cls.__init__).parameters
