@@ -31,7 +31,7 @@ class _InitSignature:
     """Lets a class with a `__new__` of its own be shown with the arguments of its `__init__`."""
 
     def __get__(self, instance: object, owner: type) -> inspect.Signature:
-        signature = inspect.signature(owner.__init__)
+        signature = inspect.signature(owner.__init__)  # type: ignore[misc]  # `owner` is the very class that is shown
         return signature.replace(parameters=list(signature.parameters.values())[1:])
 
 
