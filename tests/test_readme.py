@@ -56,7 +56,7 @@ def test_the_ten_lines_learn(tmp_path, tokenizer, capsys):
         "max_turns=12": "max_turns=5",
         "per_device_train_batch_size=16": "per_device_train_batch_size=32, per_device_eval_batch_size=50",
         "learning_rate=5e-5": "learning_rate=2e-3",
-        "learning_rate=1e-3": "learning_rate=5e-3",
+        "learning_rate=1e-3": "learning_rate=4e-3",
         "    peft_config=LoraConfig(r=16, lora_alpha=32),\n": "",  # nothing is learned on top of random weights
         "from trl_epo.envs.household import Household, tasks": "",
     }.items():
