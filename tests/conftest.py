@@ -140,6 +140,15 @@ def tokenizer():
     return make_tokenizer()
 
 
+@pytest.fixture(scope="module")
+def model_folder(tmp_path_factory, tokenizer):
+    """A saved model and its tokenizer."""
+    folder = tmp_path_factory.mktemp("model")
+    make_model(context_length=4096).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return str(folder)
+
+
 @pytest.fixture
 def model():
     return make_model()

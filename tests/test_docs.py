@@ -16,7 +16,6 @@ from importlib import import_module
 from pathlib import Path
 
 import pytest
-from conftest import make_model
 from test_api import public_names
 from transformers import Trainer
 from trl import GRPOConfig, ModelConfig, SFTConfig
@@ -227,14 +226,6 @@ def run(block, swaps, **names):
 
 
 FEW_STEPS = "max_steps=2, report_to='none', use_cpu=True, bf16=False, disable_tqdm=True, logging_steps=1"
-
-
-@pytest.fixture(scope="module")
-def model_folder(tmp_path_factory, tokenizer):
-    folder = tmp_path_factory.mktemp("model")
-    make_model().save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return str(folder)
 
 
 @pytest.fixture(scope="module")

@@ -12,7 +12,6 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from conftest import make_model
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -82,14 +81,6 @@ def run(*command, cwd, launcher=()):
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     full = [sys.executable, *launcher, "-m", "trl_epo", *map(str, command)]
     return subprocess.run(full, cwd=cwd, env=environment, capture_output=True, text=True, timeout=600)
-
-
-@pytest.fixture(scope="module")
-def model_folder(tmp_path_factory, tokenizer):
-    folder = tmp_path_factory.mktemp("model")
-    make_model(context_length=4096).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return str(folder)
 
 
 @pytest.fixture(scope="module")

@@ -5,21 +5,12 @@ import re
 from pathlib import Path
 
 import pytest
-from conftest import make_model
 
 from trl_epo import cli
 from trl_epo.cli import dry_run
 
 
 SMALL = Path(__file__).parents[2] / "examples" / "configs" / "household-small.yaml"
-
-
-@pytest.fixture(scope="module")
-def model_folder(tmp_path_factory, tokenizer):
-    folder = tmp_path_factory.mktemp("model")
-    make_model(context_length=2048).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return str(folder)
 
 
 def files(folder):

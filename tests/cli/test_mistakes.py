@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import child_environment, make_model, wait_for
+from conftest import child_environment, wait_for
 
 from trl_epo import cli
 from trl_epo.cli.help import COMMANDS, OTHERS, all_options, command_help, group_of
@@ -46,14 +46,6 @@ def action(text):
     calls.append("action")
     return parse_action(text)
 """
-
-
-@pytest.fixture(scope="module")
-def model_folder(tmp_path_factory, tokenizer):
-    folder = tmp_path_factory.mktemp("model")
-    make_model(context_length=2048).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return str(folder)
 
 
 @pytest.fixture

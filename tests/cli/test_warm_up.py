@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import child_environment, make_model
+from conftest import child_environment
 from safetensors.torch import load_file
 
 from trl_epo import cli
@@ -16,14 +16,6 @@ from trl_epo import cli
 
 SMALL = Path(__file__).parents[2] / "examples" / "configs" / "household-small.yaml"
 SHORT = ("--config", str(SMALL), "--train_size", "6", "--eval_size", "2", "--max_turn_length", "8")
-
-
-@pytest.fixture(scope="module")
-def model_folder(tmp_path_factory, tokenizer):
-    folder = tmp_path_factory.mktemp("model")
-    make_model(context_length=4096).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return str(folder)
 
 
 def main(capsys, *arguments):

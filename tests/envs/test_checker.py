@@ -128,7 +128,7 @@ def test_what_only_talks_like_gymnasium(caplog):
     check_env(env)
     assert (env.reset()[0], env.step("stop")[1:]) == ("Say stop.", (1.0, True, False, {"suffix": "", "success": True}))
     assert make_environment_pool(ToolNamedStep) is None
-    page = (Path(__file__).parents[2] / "docs" / "environments.md").read_text()
+    page = (Path(__file__).parents[2] / "docs" / "your_environment.md").read_text()
     assert re.sub("\n+", "\n", WRAPPER) in re.sub("\n+", "\n", page)
 
 

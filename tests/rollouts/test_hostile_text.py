@@ -304,7 +304,7 @@ class TestLogs:
 
 class TestText:
     def test_doctests(self):
-        assert doctest.testmod(trl_epo.text) == (0, 3)
+        assert doctest.testmod(trl_epo.text) == (0, 4)
 
     @pytest.mark.parametrize("length", [1, 30, 100, 1001, 9_999])
     def test_shortened(self, length):

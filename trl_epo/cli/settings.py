@@ -2,20 +2,18 @@
 
 import inspect
 import json
-import os
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import yaml
 from datasets import Dataset
 from peft.utils import CONFIG_NAME as ADAPTER_CONFIG
 from trl import ModelConfig, TrlParser
 
 from ..config import EPOConfig
 from ..reports import PLAY_SETTINGS_FILE, play_settings
-from ..text import did_you_mean
+from ..text import did_you_mean, shortened
 from .help import all_options
 from .mistakes import OneLineParser, UsageError, one_line
 from .named import ENVIRONMENTS, check_environment_name, config_file, environment_maker, imported, json_object
@@ -196,6 +194,19 @@ class _Parser(TrlParser, OneLineParser):
     pass
 
 
+class _ConfigReader(TrlParser):
+    """Reads a config file as TRL does, and leaves it at that."""
+
+    config: dict[str, Any]
+
+    def set_defaults_with_config(self, **config) -> list[str]:
+        self.config = config
+        return []
+
+    def parse_args_into_dataclasses(self, **kwargs) -> tuple:
+        return ()
+
+
 def _make_parser(command: str, more: Iterable[type]) -> _Parser:
     prog = f"trl-epo {command}"
     usage = f"{prog} [--config FILE] [--OPTION VALUE ...]"
@@ -264,18 +275,19 @@ def _without_config(arguments: Sequence[str]) -> tuple[Path | None, list[str]]:
 
 def _read(file: Path, parser: _Parser) -> dict[str, Any]:
     """A config file's settings; its `env` is set in the environment of the process."""
+    reader = _ConfigReader(())
     try:
-        config = yaml.safe_load(file.read_text())
-    except (yaml.YAMLError, OSError, UnicodeDecodeError) as error:
-        raise UsageError(f"`config` is {str(file)!r}, but cannot be read: {one_line(error)}") from error
-    if not isinstance(config, dict):
+        reader.parse_args_and_config(["--config", str(file)])
+    except Exception as error:  # the file system's, YAML's, and of what is no mapping TRL's
+        if type(error) is not ValueError:
+            raise UsageError(f"`config` is {str(file)!r}, but cannot be read: {one_line(error)}") from error
+        if "`env`" in str(error):
+            raise UsageError(f"`env` is no mapping of environment variables, in {file}.") from error
+        holds = shortened(file.read_text().strip(), 100)
         raise UsageError(
-            f"`config` is {str(file)!r}, but holds {config!r} and no settings: write a line 'NAME: VALUE' for each."
-        )
-    variables = config.pop("env", None) or {}
-    if not isinstance(variables, dict):
-        raise UsageError(f"`env` is {variables!r} in {file}, but must be a mapping of environment variables.")
-    os.environ.update({str(name): str(value) for name, value in variables.items()})
+            f"`config` is {str(file)!r}, but holds {holds!r} and no settings: write a line 'NAME: VALUE' for each."
+        ) from error
+    config = reader.config
     actions = {action.dest: action for action in parser._actions}
     for name, value in config.items():
         if name not in actions:
