@@ -51,6 +51,7 @@ logger = logging.getLogger(__name__)
 
 TEACHER_REQUESTS = 8  # at once
 ENOUGH_TO_GIVE_UP = 8  # episodes none of which can be used
+IMPOSSIBLE = 0.5  # share of the mistakes, where they are read and not learned
 IGNORED = -100  # the label of a token without loss
 
 Chat = list[dict[str, str]]
@@ -96,8 +97,10 @@ class Demonstration(gymnasium.Wrapper):
         env (`gymnasium.Env`): The environment.
         expert (`Callable`): Asked after each `reset` for who says the actions of the episode.
         form (`str`): What the model is to write for an action.
-        noise (`float`): The share of actions that are drawn from the admissible ones instead. Episodes then show how to go
-            on after a mistake, which a policy that makes mistakes needs to know.
+        noise (`float`): The share of actions that are mistakes. Episodes then show how to go on after one, which a policy
+            that makes mistakes needs to know.
+        impossible (`float`): The share of mistakes that cannot be done at that moment, but could before, or in the episode
+            before. The others are drawn from the admissible actions.
         draw (`random.Random`, *optional*): Draws them.
 
     Attributes:
@@ -111,21 +114,27 @@ class Demonstration(gymnasium.Wrapper):
         expert: Expert,
         form: str = "{}",
         noise: float = 0.0,
+        impossible: float = 0.0,
         draw: random.Random | None = None,
     ):
         super().__init__(env)
         self.expert = expert
         self.form = form
         self.noise = noise
+        self.impossible = impossible
         self.draw = draw or random.Random(0)
         self.text: str | None = None
         self.mistakes: list[int] = []
         self._turn = 0
         self._say: Say | None = None
+        self._possible: list[
+            dict[str, None]
+        ] = []  # actions that were admissible in the episode before and in this one
 
     def reset(self, *, seed=None, options=None):
         observation, info = self.env.reset(seed=seed, options=options)
         self.mistakes, self._turn = [], 0
+        self._possible = [*self._possible[-1:], {}]
         self._say = self.expert(self.env)
         self._choose(observation, info)
         if self.text is None:
@@ -142,12 +151,16 @@ class Demonstration(gymnasium.Wrapper):
         return observation, reward, terminated, truncated, info
 
     def _choose(self, observation: str, info: dict[str, Any]) -> None:
+        admissible = dict.fromkeys(info.get("admissible_actions", ()))
         if self.draw.random() < self.noise:
-            useful = [a for a in info.get("admissible_actions", ()) if a not in ("look", "inventory")]
+            useful = [a for a in admissible if a not in ("look", "inventory")]
+            if self.impossible and self.draw.random() < self.impossible:
+                useful = [a for actions in self._possible for a in actions if a not in admissible] or useful
             text = self.draw.choice(useful or ["look"])
             self.mistakes.append(self._turn)
         else:
             text = self._say(observation, info)
+        self._possible[-1].update(admissible)
         self.text = None if text is None else self.form.format(text)
 
 
@@ -238,7 +251,7 @@ def demonstrate(
             demonstrations[place] = demonstration
             return present[place](env)
 
-        demonstration = Demonstration(makers[name](), begin, form, noise, draw)
+        demonstration = Demonstration(makers[name](), begin, form, noise, 0.0 if learn_mistakes else IMPOSSIBLE, draw)
         return demonstration
 
     places = range(min(at_once, len(starts)))
@@ -321,11 +334,11 @@ def expert_episodes(
         rows (`Iterable[dict]`): The dataset rows.
         expert (`Callable`, *optional*): Given an environment that was just reset, returns a function of an observation and its
             `info` that says the next action, or `None` for no more. By default the environment's own.
-        noise (`float`, *optional*, defaults to `0.0`): The share of actions that are mistakes, drawn from
-            `info["admissible_actions"]`; only for an expert that knows how to go on from any state. A warm-up learns how the
-            expert goes on from them.
-        learn_mistakes (`bool`, *optional*, defaults to `False`): The mistakes are learned too: the policy then errs as often,
-            and tries more.
+        noise (`float`, *optional*, defaults to `0.0`): The share of actions that are mistakes; only for an expert that knows how
+            to go on from any state. A warm-up learns how the expert goes on from them. Half are drawn from
+            `info["admissible_actions"]`, half are actions that were admissible before and are not now.
+        learn_mistakes (`bool`, *optional*, defaults to `False`): The mistakes are learned too, and all are drawn from
+            `info["admissible_actions"]`: the policy then errs as often, and tries more.
         seed (`int`, *optional*): Draws the mistakes; by default the trainer's.
 
     Raises:
