@@ -123,13 +123,11 @@ def make_tokenizer(texts: Iterable[str]) -> PreTrainedTokenizerFast:
     )
 
 
-def make_model(tokenizer: PreTrainedTokenizerFast, context_length: int = 2048) -> LlamaForCausalLM:
-    """Two layers are enough to copy a name from a sentence, which is most of the game."""
+def make_model(tokenizer: PreTrainedTokenizerFast, context_length: int = 2048, **size) -> LlamaForCausalLM:
+    """Two layers are enough to copy a name from a sentence, which is most of the game. `size` is for `LlamaConfig`."""
     config = LlamaConfig(
         vocab_size=len(tokenizer),
-        hidden_size=128,
-        intermediate_size=384,
-        num_hidden_layers=2,
+        **{"hidden_size": 128, "intermediate_size": 384, "num_hidden_layers": 2, **size},
         num_attention_heads=4,
         num_key_value_heads=4,
         max_position_embeddings=context_length,

@@ -1,5 +1,7 @@
 """Train language-model agents over many turns with entropy-regularized policy optimization (EPO)."""
 
+import os
+import sys
 from importlib import import_module
 from typing import TYPE_CHECKING
 
@@ -9,6 +11,11 @@ if TYPE_CHECKING:
     from .envs import TextEnv, check_env
     from .rollouts import Episode, StopReason, Turn
     from .trainer import EPOTrainer
+
+if "torch" not in sys.modules and "OMP_WAIT_POLICY" not in os.environ:
+    # How often a thread of PyTorch's looks whether the others are done before it gives up its core; libgomp reads this once,
+    # when PyTorch is loaded. Its own number is so large that one busy core slows all threads fivefold (docs/speed.md).
+    os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
 __version__ = "0.1.0.dev0"
 
