@@ -116,9 +116,7 @@ def in_waves(generation: VLLMGeneration, lengths: list[list[int]]) -> GivenLengt
 
     def generate(prompts, _):
         asked, sampler.asked = sampler.asked, []
-        params = [
-            SamplingParams(max_tokens=length, logprobs=0, **generation.generation_kwargs) for length in asked
-        ]
+        params = [SamplingParams(max_tokens=length, logprobs=0, **generation.generation_kwargs) for length in asked]
         outputs = generation.llm.generate([{"prompt_token_ids": ids} for ids in prompts], params, use_tqdm=False)
         return [list(output.outputs[0].token_ids) for output in outputs], None
 
@@ -147,9 +145,7 @@ def main(args: Arguments) -> list[dict]:
     torch.set_num_threads(args.threads)
     torch.manual_seed(args.seed)
     numbers = random.Random(args.seed)
-    lengths = [
-        [numbers.randint(args.shortest, args.longest) for _ in range(args.turns)] for _ in range(args.episodes)
-    ]
+    lengths = [[numbers.randint(args.shortest, args.longest) for _ in range(args.turns)] for _ in range(args.episodes)]
     tokenizer = make_tokenizer(["You are in a room.", "Nothing happens."])
     chat = ChatEncoder(tokenizer, [tokenizer.eos_token_id])
     with TemporaryDirectory() as folder:
