@@ -70,8 +70,9 @@ RECORD = {"steps": []}
 
 
 class Paced(Corridor):
-    """Takes its time if it is a slow one."""
+    """Takes its time if it is a slow one. Its prompts are longer than a block of the prefix cache (128 tokens on a CPU)."""
 
+    instructions = "You are in a corridor. Go to the door: say right or left. " * 12
     slow: set[int] = set()  # places in the order in which they were made
 
     def __init__(self):
@@ -197,7 +198,7 @@ def main(folder: str) -> None:
     # New weights, and keys and values of the old ones
     with torch.no_grad():
         for weight in trainer.model.parameters():
-            weight += 0.1 * torch.randn_like(weight)
+            weight += 0.03 * torch.randn_like(weight)
     trainer._last_loaded_step = -1
     with mock.patch.object(trainer.vllm_generation.llm, "reset_prefix_cache", lambda: True):
         play()
@@ -243,8 +244,8 @@ def test_turns_come_from_the_prefix_cache(record):
 
 
 def test_keys_and_values_of_old_weights_would_be_noticed_and_are_forgotten(record):
-    assert record["with_stale_cache"][1] > 0.1
-    assert record["with_new_cache"][1] < 2e-2
+    assert record["with_stale_cache"][0] > 5 * record["with_new_cache"][0]
+    assert record["with_new_cache"][0] < 1e-2
     assert "could not forget the keys and values of older weights" in record["error_of_used_cache"]
 
 
