@@ -23,7 +23,6 @@ from common import save_json, show
 from quickstart import make_model, make_tokenizer
 from transformers import HfArgumentParser
 from trl.generation.vllm_generation import VLLMGeneration
-from vllm import SamplingParams
 
 from trl_epo.envs import TextEnv
 from trl_epo.rollouts import ChatEncoder, ContextRules, EnvironmentPool, EpisodeStart, Limits, play_episodes
@@ -113,6 +112,7 @@ def make_generation(folder: str, args: Arguments, tokenizer) -> VLLMGeneration:
 
 def in_waves(generation: VLLMGeneration, lengths: list[list[int]]) -> GivenLengths:
     """Each request has its turn's length, as if it had ended there."""
+    from vllm import SamplingParams  # here, so that `--help` works without it
 
     def generate(prompts, _):
         asked, sampler.asked = sampler.asked, []
