@@ -129,7 +129,9 @@ def main() -> None:
     if warm_up_rows is not None:
         print(f"Policy: {model.num_parameters():,} weights. The expert plays {len(warm_up_rows)} games …", flush=True)
         episodes = expert_episodes(trainer, warm_up_rows, noise=script.noise)
-        print(f"Warm-up on {len(episodes)} episodes after {(time.perf_counter() - start) / 60:.0f} minutes …", flush=True)
+        print(
+            f"Warm-up on {len(episodes)} episodes after {(time.perf_counter() - start) / 60:.0f} minutes …", flush=True
+        )
         warm_up(
             trainer,
             episodes,

@@ -121,7 +121,8 @@ class EPOConfig(GRPOConfig):
         environment_patience (`float`, *optional*, defaults to `1.0`):
             How long generation waits for an environment to answer before it goes on with the other episodes, in
             seconds. What is sampled together, and so every result, is the same from run to run as long as all answers
-            come in that time (`episode/late_answers` counts the others); `float("inf")` waits for each.
+            come in that time (`episode/late_answers` counts the others); `float("inf")` waits for each. vLLM in colocate mode
+            without tensor parallelism does not wait: its results do not depend on what is sampled together, but for rounding.
         ddp_timeout (`int`, *optional*, defaults to `7200`):
             How long a process waits for the others, in seconds, before it takes them for lost and the run ends. With text
             episodes a process that has played its own waits for the slowest environment of all: an episode may take

@@ -179,7 +179,7 @@ class DemonstratedEpisode(Episode):
 class _DemonstrationSampler:
     """A turn sampler that says what the demonstrations say, by the place that an episode has."""
 
-    wants_turns = True
+    wants_turns = waits_for_turns = True
     max_episodes = math.inf
 
     def __init__(self, demonstrations: dict[int, Demonstration], chat: ChatEncoder):

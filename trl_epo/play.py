@@ -47,6 +47,8 @@ class _ShownEnvironment(gymnasium.Wrapper):
 class _ShownSampler:
     """Shows what the model says."""
 
+    waits_for_turns = True  # there is one episode
+
     def __init__(self, sampler: TurnSampler, chat: ChatEncoder, show: Show):
         self._sampler = sampler
         self._chat = chat

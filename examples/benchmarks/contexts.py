@@ -51,7 +51,7 @@ class Endless(Household):
 class CountingSampler:
     """Says a random admissible action, and counts the tokens that a model would have read; one episode at a time."""
 
-    wants_turns = True
+    wants_turns = waits_for_turns = True
     max_episodes = 1
 
     def __init__(self, tokenizer, seed: int):

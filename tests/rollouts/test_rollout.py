@@ -526,6 +526,53 @@ class TestConcurrency:
         assert slow.num_late_answers == 1  # at its second answer nobody else is left to go on with
         assert fast.num_late_answers == 0
 
+    @pytest.mark.parametrize(("patience", "num_late"), [(math.inf, 0), (0.0, 1)])
+    def test_a_sampler_that_does_not_wait_gets_turns_as_they_come(self, play, monkeypatch, patience, num_late):
+        monkeypatch.setattr(ScriptedSampler, "waits_for_turns", False)
+        over, waited = threading.Event(), []
+
+        class Fast(Corridor):
+            def step(self, action):
+                answer = super().step(action)
+                if answer[3]:
+                    over.set()
+                return answer
+
+        factories = {
+            "fast": lambda: Fast(length=99, turns=9),
+            "slow": lambda: Waiting(lambda: waited.append(over.wait(30)), turns=1),
+        }
+        fast, slow = play(factories, names=["fast", "slow"], patience=patience)
+        assert waited == [True]
+        assert [len(fast.turns), len(slow.turns)] == [9, 1]
+        assert slow.num_late_answers - num_late in (0, num_late)  # `reset` may be late too
+
+    def test_an_environment_that_hangs_is_given_up_while_others_are_sampled(self, play, monkeypatch):
+        given_up = threading.Event()
+
+        class Hanging(Corridor):
+            def step(self, action):
+                given_up.wait(30)
+
+            def interrupt(self):
+                given_up.set()
+
+        advance, start = ScriptedSampler.advance, time.monotonic()
+
+        def busy_until_then(sampler):
+            """The turns of the first episode are sampled for as long as the other one hangs."""
+            if 0 in sampler.asked and 1 not in sampler.asked and not given_up.is_set():
+                assert time.monotonic() - start < 30
+                return []
+            return advance(sampler)
+
+        monkeypatch.setattr(ScriptedSampler, "waits_for_turns", False)
+        monkeypatch.setattr(ScriptedSampler, "advance", busy_until_then)
+        factories = {"good": lambda: Corridor(length=99, turns=4), "hanging": Hanging}
+        good, hanging = play(factories, names=["good", "hanging"], timeout=0.3)
+        assert len(good.turns) == 4
+        assert [failure.kind for failure in hanging.failures] == [FailureKind.TIMEOUT]
+
     def test_an_answer_is_waited_for_as_long_as_patience_lasts(self, play, samplers):
         slow = lambda: Waiting(lambda: time.sleep(0.1), turns=3)  # noqa: E731
         play({"fast": lambda: Corridor(length=99, turns=3), "slow": slow}, names=["fast", "slow"])

@@ -64,7 +64,7 @@ def reference_turn(model, transcript, limit):
 class ScriptedSampler:
     """Says the same texts in each episode, one per turn; as many tokens as the limit lets through."""
 
-    wants_turns = True
+    wants_turns = waits_for_turns = True
     max_episodes = math.inf
 
     def __init__(self, tokenizer, texts):

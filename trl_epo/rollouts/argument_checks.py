@@ -46,10 +46,10 @@ def check_text_episode_arguments(
     generation_kwargs = args.generation_kwargs or {}
     if not (args.use_vllm or args.use_transformers_continuous_batching):
         make_logits_processors(**generation_kwargs)  # raises if it cannot honour them
-    elif clash := {"n", "logprobs", "max_tokens", "max_new_tokens"} & generation_kwargs.keys():
+    elif clash := {"n", "logprobs", "max_tokens", "max_new_tokens", "seed"} & generation_kwargs.keys():
         raise ValueError(
-            f"`generation_kwargs` sets {sorted(clash)}, which a text episode sets for each of its turns. Leave "
-            "them out; `max_turn_length` limits a turn."
+            f"`generation_kwargs` sets {sorted(clash)}, of which each turn of a text episode has its own. Leave them out; "
+            "`max_turn_length` limits a turn, and `EPOConfig.seed` is the seed of a run."
         )
     if args.loss_type == "dr_grpo" and args.max_completion_length is None:
         raise ValueError(

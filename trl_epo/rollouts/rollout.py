@@ -133,7 +133,8 @@ class _Playing:
     num_cut_observations: int = 0
     stop_reason: StopReason | None = None
     failures: tuple[Failure, ...] = ()
-    deadline: float = math.inf  # when the environment must have answered, on the clock of `time.monotonic`
+    asked_at: float = -math.inf  # when the environment was asked, on the clock of `time.monotonic`
+    deadline: float = math.inf  # when it must have answered
     has_more_time: bool = False  # for that answer, as another environment held it up
 
     def reset(self, pool: EnvironmentPool) -> Future:
@@ -182,7 +183,8 @@ class _Playing:
         )  # no action is an empty one: the environment answers in its own words
 
     def _start_clock(self, pool: EnvironmentPool) -> None:
-        self.deadline = time.monotonic() + pool.timeout
+        self.asked_at = time.monotonic()
+        self.deadline = self.asked_at + pool.timeout
         self.has_more_time = False
 
     def get_more_time(self, pool: EnvironmentPool) -> bool:
@@ -336,7 +338,8 @@ def play_episodes(
 
     Environments answer on threads of their own while the sampler goes on with other episodes. What is sampled together
     depends on the episodes alone, not on how fast they answer, as long as each answer takes at most
-    `limits.patience`; later ones join when they come, and are counted.
+    `limits.patience`; later ones join when they come, and are counted. A sampler that does not wait for turns gets each as
+    soon as its environment has answered.
 
     An environment that raises, dies, answers something other than the contract says, or gives no answer within
     `pool.timeout`, costs its own episode. The environment is replaced and the episode played again from its start; after
@@ -374,13 +377,17 @@ def _play(
                 index = queue.popleft()
                 answers[index] = episodes[index].reset(pool)
                 num_open += 1
-            _wait(episodes, answers, answers.keys() - late, time.monotonic() + limits.patience, pool)
+            wanted = answers.keys() - late if sampler.waits_for_turns else ()
+            _wait(episodes, answers, wanted, time.monotonic() + limits.patience, pool)
             if not sampler.is_busy:
                 _wait(episodes, answers, answers.keys(), math.inf, pool, FIRST_COMPLETED)
             answered = sorted(index for index, answer in answers.items() if answer.done())
+            late -= set(answered)
+            now = time.monotonic()
             for index in answers.keys() - late - set(answered):
-                episodes[index].num_late_answers += 1
-            late = answers.keys() - answered
+                if episodes[index].asked_at + limits.patience <= now:
+                    episodes[index].num_late_answers += 1
+                    late.add(index)
             if not answered:
                 break
             for index in answered:
@@ -433,16 +440,17 @@ def _wait(
 ) -> None:
     """Wait until `end` for answers that are `wanted`; those that pass their deadline meanwhile become failures."""
     start = time.monotonic()
-    while (now := time.monotonic()) < end and not _is_enough([answers[index] for index in wanted], return_when):
-        deadlines = [episodes[index].deadline for index, answer in answers.items() if not answer.done()]
-        next_deadline = min(deadlines, default=math.inf)
-        seconds = min(end - now, next_deadline - now, threading.TIMEOUT_MAX)
-        wait([answers[index] for index in wanted], max(seconds, 0.0), return_when)
+    while True:
         now = time.monotonic()
         due = [index for index, answer in answers.items() if not answer.done() and episodes[index].deadline <= now]
         # All of them are asked first: giving one up may free those that it has held up.
         for index in [index for index in due if not episodes[index].get_more_time(pool)]:
             answers[index] = episodes[index].give_up_waiting(pool)
+        if now >= end or _is_enough([answers[index] for index in wanted], return_when):
+            break
+        deadlines = [episodes[index].deadline for index, answer in answers.items() if not answer.done()]
+        seconds = min(end - now, min(deadlines, default=math.inf) - now, threading.TIMEOUT_MAX)
+        wait([answers[index] for index in wanted], max(seconds, 0.0), return_when)
     pool.seconds_awaited += time.monotonic() - start
 
 

@@ -4,7 +4,6 @@ import inspect
 import logging
 import math
 import random
-from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -19,7 +18,7 @@ from .decoding import NUMBERS, DecodeStep, Drawing, Masks, number_dtype
 from .kv_cache import EpisodeCache
 from .memory import Footprint, free_memory, num_fitting
 from .processors import READS_HISTORY
-from .turns import Sample
+from .turns import EpisodeNumbers, Sample
 
 
 logger = logging.getLogger(__name__)
@@ -152,6 +151,8 @@ class CachedTurnSampler:
         max_episodes (`float`): Episodes in the cache at most.
     """
 
+    waits_for_turns = True
+
     def __init__(
         self,
         model: PreTrainedModel,
@@ -182,8 +183,7 @@ class CachedTurnSampler:
         self._num_layers, self._vocab_size = config.num_hidden_layers, config.vocab_size
         self._forward_overhead = forward_overhead(self.device)
         self._renew_cache()
-        self._seed = int(torch.randint(2**62, ()))
-        self._num_begun: Counter[int] = Counter()
+        self._numbers = EpisodeNumbers()
         self._episodes: dict[int, _Row] = {}
         self._rows: list[_Row] = []  # those in the cache, by place, with those of ended episodes
         self._asked: list[_Row] = []  # have new tokens that are still to be read
@@ -219,8 +219,7 @@ class CachedTurnSampler:
     def add(self, episode: int, new_ids: Sequence[int], max_new_tokens: int) -> None:
         row = self._episodes.get(episode)
         if row is None:
-            self._num_begun[episode] += 1  # a number comes again when its episode is played again
-            row = _Row(episode, [], random.Random(f"{self._seed} {episode} {self._num_begun[episode]}"))
+            row = _Row(episode, [], self._numbers.begin(episode))
             self._episodes[episode] = row
         row.tokens += new_ids
         row.room = max_new_tokens

@@ -8,8 +8,9 @@ from .turns import Sample
 
 class RequestTurnSampler:
     """
-    Samples each turn as a request of its own, the whole transcript as the prompt: for vLLM, whose prefix cache makes
-    that cheap, for transformers' continuous batching, and for models that [`CachedTurnSampler`] does not fit.
+    Samples each turn as a request of its own, the whole transcript as the prompt, in waves: those that were asked for, all
+    at once. For vLLM where it cannot be driven by [`EngineTurnSampler`], for transformers' continuous batching, and for models
+    that [`CachedTurnSampler`] does not fit.
 
     Args:
         generate (`Callable`): `(prompts, max_new_tokens) -> (token ids, log-probs or None)`, each a list by prompt.
@@ -18,6 +19,7 @@ class RequestTurnSampler:
     """
 
     wants_turns = True  # a batch of requests is answered all at once
+    waits_for_turns = True
     max_episodes = math.inf  # it keeps nothing but their tokens
 
     def __init__(

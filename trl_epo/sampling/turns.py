@@ -1,7 +1,11 @@
 """What a rollout needs of a generation backend."""
 
+import random
+from collections import Counter
 from collections.abc import Sequence
 from typing import NamedTuple, Protocol
+
+import torch
 
 
 class Sample(NamedTuple):
@@ -19,6 +23,22 @@ class Sample(NamedTuple):
     entropies: list[float] | None = None
 
 
+class EpisodeNumbers:
+    """
+    Random numbers of each episode's own, so that what is sampled beside it changes nothing. They follow from torch's generator
+    for CPUs, of which they take one number.
+    """
+
+    def __init__(self):
+        self._seed = int(torch.randint(2**62, ()))
+        self._num_begun: Counter[int] = Counter()
+
+    def begin(self, episode: int) -> random.Random:
+        """Those of an episode that begins; its number comes again when it is played again, with other ones."""
+        self._num_begun[episode] += 1
+        return random.Random(f"{self._seed} {episode} {self._num_begun[episode]}")
+
+
 class TurnSampler(Protocol):
     """
     What a rollout needs of a generation backend. Episodes are numbered by the caller.
@@ -26,9 +46,12 @@ class TurnSampler(Protocol):
     Attributes:
         max_episodes (`float`): How many it can hold at once; falls when it runs out of memory. No more should be begun; those
             that have begun it plays all the same.
+        waits_for_turns (`bool`): Whether it is to wait for turns that may soon be asked for (`Limits.patience`), so that what is
+            sampled together depends on the episodes alone. Else each joins the others as soon as it is asked for.
     """
 
     max_episodes: float
+    waits_for_turns: bool
 
     def num_fitting(self) -> float:
         """How many episodes fit into the memory that is free; ∞ if that is no matter. Asked before there are any."""

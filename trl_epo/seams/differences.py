@@ -8,6 +8,7 @@ import trl
 from transformers import Trainer
 from transformers.integrations import TrackioCallback
 from trl import GRPOTrainer
+from trl.generation.vllm_generation import VLLMGeneration
 from trl.trainer import utils as trl_utils
 
 from . import checkpoints
@@ -27,6 +28,23 @@ SOURCES = (
         "the tile of the fused head",
     ),
     ("GRPOTrainer.log", GRPOTrainer.log, ("print_prompt_completions_sample(",), "the printed table of completions"),
+    (
+        "VLLMGeneration.generate",
+        VLLMGeneration.generate,
+        (
+            "max_completion_length = self.max_completion_length",
+            "generation_kwargs.update(self.generation_kwargs)",
+            'vllm_prompts = [{"prompt_token_ids": ids} for ids in all_prompts]',
+            "self.llm.generate(vllm_prompts, sampling_params=sampling_params, use_tqdm=False)",
+        ),
+        "a turn's request to vLLM",
+    ),
+    (
+        "VLLMGeneration.sync_weights",
+        VLLMGeneration.sync_weights,
+        ("self._llm_weights_sleeping = False", "self.llm.reset_prefix_cache()"),
+        "vLLM forgets keys and values with the weights that they are of",
+    ),
     (
         "TrackioCallback.on_log",
         TrackioCallback.on_log,

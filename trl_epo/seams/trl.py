@@ -7,7 +7,7 @@ Every private name of TRL that this package relies on, and nothing else; those o
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, closing, contextmanager, nullcontext
 from typing import Any
 
@@ -47,6 +47,7 @@ from ..sampling import (
 )
 from ..text import printable_parts
 from .checkpoints import FaultTolerantGRPOTrainer, replaced
+from .vllm import engine_turns, sync_weights
 
 
 logger = logging.get_logger(__name__)
@@ -264,16 +265,21 @@ class SeamedGRPOTrainer(FaultTolerantGRPOTrainer):
     def _prepare_vllm(self) -> None:
         """Make a vLLM engine sample as the trainer's other generation does; called once."""
         generation = self.vllm_generation
-        if self.args.vllm_enable_sleep_mode:
+        if self.args.vllm_enable_sleep_mode and not self._drives_engine:
             logger.warning_once(
                 "With `vllm_enable_sleep_mode` vLLM sleeps after every turn of a text episode, and each waking costs a "
                 "weight sync and the prefix cache."
             )
         # The engine knows the end-of-turn tokens of the model's folder, whose tokenizer may not be the trainer's.
         generation.generation_kwargs = {"stop_token_ids": self.eos_token_ids, **generation.generation_kwargs}
-        if self.vllm_mode == "colocate" and self.args.vllm_tensor_parallel_size == 1:
+        if self._drives_engine:
             # TRL starts the engine with a seed of its own, which also seeds this process.
             set_seed(self.args.seed, device_specific=True)
+
+    @property
+    def _drives_engine(self) -> bool:
+        """Whether turns go to a vLLM engine of this process alone, which goes on with some while others come and go."""
+        return self.use_vllm and self.vllm_mode == "colocate" and self.args.vllm_tensor_parallel_size == 1
 
     @property
     def _unfit_for_cached_sampler(self) -> str | None:
@@ -397,14 +403,10 @@ class SeamedGRPOTrainer(FaultTolerantGRPOTrainer):
                 logger.warning_once(f"Each turn of a text episode reads its whole transcript again: {unfit}.")
             self.model.eval()
             try:
-                if self.use_vllm and self.state.global_step != self._last_loaded_step:
-                    # Every process at once, also one that will have nothing to ask
-                    self.vllm_generation.sync_weights()
-                    self._last_loaded_step = self.state.global_step
-                with nullcontext() if self.use_vllm else called_alone(self.model_wrapped):
-                    # vLLM and continuous batching bound their cache themselves
-                    together = None if by_request else self._footprint.requests
-                    yield RequestTurnSampler(self._generate_request, together)
+                if self.use_vllm:
+                    self._sync_vllm()
+                with self._request_sampler(None if by_request else self._footprint.requests) as sampler:
+                    yield sampler
             finally:
                 self.model.train(was_training)
             return
@@ -438,6 +440,23 @@ class SeamedGRPOTrainer(FaultTolerantGRPOTrainer):
                     yield sampler
             finally:
                 model.train(was_training)
+
+    def _sync_vllm(self) -> None:
+        """Every process at once, also one that will have nothing to ask."""
+        has_no_weights = self.vllm_mode == "colocate" and self.vllm_generation._llm_weights_sleeping
+        if self.state.global_step != self._last_loaded_step or has_no_weights:
+            sync_weights(self.vllm_generation)
+            self._last_loaded_step = self.state.global_step
+
+    @contextmanager
+    def _request_sampler(self, together: Callable[[list[int], int], list[list[int]]] | None) -> Iterator[TurnSampler]:
+        """A sampler whose turns are requests. vLLM and continuous batching bound their cache themselves: `together` is `None`."""
+        if self._drives_engine:
+            with engine_turns(self.vllm_generation, self.accelerator.device) as sampler:
+                yield sampler
+            return
+        with nullcontext() if self.use_vllm else called_alone(self.model_wrapped):
+            yield RequestTurnSampler(self._generate_request, together)
 
     @property
     def learns_prompts(self) -> bool:
