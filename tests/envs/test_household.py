@@ -56,6 +56,7 @@ def play(env, world, turns=50):
     """Puts a hand-made world into an environment."""
     env.reset(seed=0)
     env._world, env._plan, env._turns_left = world, [], turns
+    env._searcher = household._Searcher(world)
     return env
 
 
@@ -264,6 +265,36 @@ def test_expert_copes_with_somebody_who_interferes(seed, picks):
         assert not truncated
         turn += 1
     assert reward == 1.0
+
+
+@MANY
+@given(seed=seeds, picks=st.lists(st.integers(0, 99), max_size=20))
+def test_searching_expert_finds_everything(seed, picks):
+    env = Household(rooms=3, turns=50, searching_expert=True)
+    _, info = env.reset(seed=seed)
+    terminated = truncated = False
+    turn = 0
+    while not (terminated or truncated):
+        admissible = info["admissible_actions"]
+        interfere = turn % 2 and turn < len(picks)
+        action = admissible[picks[turn] % len(admissible)] if interfere else env.expert_action()
+        assert action in admissible
+        *_, terminated, truncated, info = env.step(action)
+        turn += 1
+    assert terminated
+
+
+def test_searching_expert_does_not_know_what_it_has_not_seen(house):
+    house.furniture["hallway"].append("cabinet")
+    house.closed.add("cabinet")
+    for searching in (False, True):
+        first = []
+        for place in ("drawer", "cabinet", "shelf"):
+            house.where |= {"mug": place, "brass key": "table"}
+            env = play(Household(searching_expert=searching), house.copy())
+            env.step("take brass key")
+            first.append(env.expert_action())
+        assert first == (["open drawer"] * 3 if searching else ["open drawer", "open cabinet", "go to kitchen"])
 
 
 def test_expert_frees_the_right_hand(house):

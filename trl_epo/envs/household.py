@@ -465,6 +465,51 @@ def _plan(world: _World) -> list[str]:
     return min(plans, key=len, default=[])
 
 
+class _Searcher:
+    """Remembers what was seen of a world, and says how to find the rest."""
+
+    def __init__(self, world: _World):
+        self.world = world
+        self.rooms: set[str] = set()  # where the agent has been
+        self.looked_into: set[str] = set()  # receptacles that were seen open
+        self.look()
+
+    def look(self) -> None:
+        """To be called after each command."""
+        here = self.world.furniture[self.world.room]
+        self.rooms.add(self.world.room)
+        self.looked_into |= {item for item in here if item in RECEPTACLES and item not in self.world.closed}
+
+    def next_command(self, plan: list[str]) -> str:
+        """The first command of a plan that knows the whole house, as long as what it goes for has been seen; else of the search."""
+        errands = [command for command in plan if not command.startswith(("go to ", "unlock "))]
+        opened_to_take = errands[0].startswith("open ") and errands[1].startswith("take ")
+        verb, _, what = errands[0].partition(" ")
+        item = {"put": what.rpartition(" in ")[2], **APPLIANCES}.get(verb, what)
+        place = self.world.where.get(item, item)  # a thing's receptacle
+        room = next(room for room, items in self.world.furniture.items() if place in items)
+        if opened_to_take or (verb == "take" and place not in self.looked_into):
+            # The plan knows what is in there, the agent does not
+            return self._search(of_things=True) or plan[0]
+        return plan[0] if room in self.rooms else self._search(of_things=False) or plan[0]
+
+    def _search(self, of_things: bool) -> str | None:
+        """Open what is closed here, else go towards the next room where something is left to see; `None` if nothing is."""
+        paths = [[self.world.room]]
+        for path in paths:  # breadth first
+            left = self._unopened(path[-1]) if of_things else []
+            if len(path) == 1 and left:
+                return f"open {left[0]}"
+            if left or path[-1] not in self.rooms:
+                return f"go to {path[1]}"
+            paths += [[*path, room] for room in self.world.exits[path[-1]] if room not in path]
+        return None
+
+    def _unopened(self, room: str) -> list[str]:
+        items = self.world.furniture[room] if room in self.rooms else []
+        return [item for item in items if item in self.world.closed and item not in self.world.locks]
+
+
 # --------------------------------------------------------------------------------------------------------- environment
 
 _RANGES = {"rooms": (2, 8), "chores": (1, 3), "turns": (5, 50)}
@@ -497,6 +542,9 @@ class Household(TextEnv):
         split (`str`, *optional*, defaults to `"train"`): `"train"`, `"iid"` or `"ood"`.
         instructions (`str`, *optional*): What the model is told to do; `None` for nothing, as for a policy that has
             learned the commands already.
+        searching_expert (`bool`, *optional*, defaults to `False`): Whether the expert has to look for things, as the
+            agent does. An expert that knows where they are takes one as soon as it comes in, and who imitates it
+            takes what is not there.
 
     The reward is 1.0 for the step that completes the goal, which ends the episode, else 0.0. `info` always has
     `"success"`, `"invalid_action"` (not understood, or not possible now), `"admissible_actions"` (sorted; all commands
@@ -520,13 +568,16 @@ class Household(TextEnv):
         turns: int = 20,
         split: str = "train",
         instructions: str | None = INSTRUCTIONS,
+        searching_expert: bool = False,
     ):
         self.instructions = instructions
+        self.searching_expert = searching_expert
         self._knobs = {"rooms": rooms, "chores": chores, "turns": turns, "split": split}
         _check_knobs(self._knobs)
         self._world: _World | None = None
         self._turns_left = 0
         self._plan: list[str] = []
+        self._searcher: _Searcher | None = None
 
     def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[str, dict[str, Any]]:
         """
@@ -554,6 +605,7 @@ class Household(TextEnv):
                 f"turns={knobs['turns']}: raise `turns`, or lower `rooms` or `chores`."
             )
         self._world, self._plan, self._turns_left = world, plan, knobs["turns"]
+        self._searcher = _Searcher(world)
         return f"{world.task_sentence()} {world.look()}", self._info(invalid_action=False)
 
     def step(self, action: str) -> tuple[str, float, bool, bool, dict[str, Any]]:
@@ -567,6 +619,7 @@ class Household(TextEnv):
             reply = str(refusal)
             invalid_action = True
         self._plan = self._plan[1:] if self._plan[:1] == [command] else []
+        self._searcher.look()
         self._turns_left -= 1
         success = world.solved()
         truncated = not success and self._turns_left == 0
@@ -576,10 +629,13 @@ class Household(TextEnv):
         return reply, float(success), success, truncated, self._info(invalid_action)
 
     def expert_action(self) -> str:
-        """The next command of an expert that knows the whole house; it solves every state, given enough turns."""
+        """
+        The next command of an expert; it solves every state, given enough turns. It knows the whole house, or, with
+        `searching_expert`, what has been seen of it.
+        """
         world = self._running_world()
         self._plan = self._plan or _plan(world)
-        return self._plan[0]
+        return self._searcher.next_command(self._plan) if self.searching_expert else self._plan[0]
 
     def _running_world(self) -> _World:
         if self._world is None:
