@@ -14,8 +14,8 @@ if TYPE_CHECKING:
 
 if "torch" not in sys.modules and "OMP_WAIT_POLICY" not in os.environ:
     # How often a thread of PyTorch's looks whether the others are done before it gives up its core; libgomp reads this once,
-    # when PyTorch is loaded. Its own number is so large that one busy core slows all threads fivefold (docs/speed.md).
-    os.environ.setdefault("GOMP_SPINCOUNT", "1000")
+    # when PyTorch is loaded. Its own number is so large that one busy core slows all threads tenfold (docs/speed.md, Few cores).
+    os.environ.setdefault("GOMP_SPINCOUNT", "3000")
 
 __version__ = "0.1.0.dev0"
 

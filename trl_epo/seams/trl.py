@@ -42,7 +42,6 @@ from ..sampling import (
     TurnSampler,
     make_logits_processors,
     masked_attention,
-    sampling_threads,
     unfit_for_cached_sampler,
 )
 from ..text import printable_parts
@@ -421,7 +420,6 @@ class SeamedGRPOTrainer(FaultTolerantGRPOTrainer):
             masked_attention(self._causal_lm(self.model)),
             self.accelerator.autocast(),  # around all forwards, so that it casts each weight once
             _kept_casts(model),
-            sampling_threads(self._causal_lm(self.model)),
         ):
             model.eval()
             settings = {name: getattr(self, name) for name in SAMPLING_SETTINGS} | (self.args.generation_kwargs or {})
