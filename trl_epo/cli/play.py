@@ -49,13 +49,11 @@ def play(arguments: Sequence[str]) -> None:
                 arguments += ["--config", str(file)]
             elif "--environment" not in given:
                 where = (
-                    ""
-                    if Path(run).is_dir()
-                    else "which is no folder, and on the Hub neither, as far as it can be asked, "
+                    "" if Path(run).is_dir() else ": no such folder is here, and the Hub has none or cannot be asked"
                 )
                 raise UsageError(
-                    f"There is no {PLAY_SETTINGS_FILE} in {run!r}, {where}"
-                    "which `trl-epo train` leaves beside a model: say what to play in, with --environment or --config."
+                    f"There is no {PLAY_SETTINGS_FILE}, which `trl-epo train` leaves beside a model, in {run!r}{where}. Say what "
+                    "to play in, with --environment or --config."
                 )
         arguments += ["--model_name_or_path", run]
     script, args, model_args, which = parse("play", arguments, PlayArguments)
@@ -74,7 +72,7 @@ def play(arguments: Sequence[str]) -> None:
 def _flags(arguments: Sequence[str]) -> dict[str, str]:
     """The options that are given, with what stands behind each."""
     flags = {}
-    for argument, following in zip(arguments, [*arguments[1:], ""], strict=True):
+    for argument, following in zip(arguments, [*arguments[1:], ""], strict=False):
         name, has_value, value = argument.partition("=")
         if name.startswith("--"):
             flags[name] = value if has_value else following

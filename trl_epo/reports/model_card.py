@@ -244,6 +244,7 @@ def _agent(facts: RunFacts) -> str:
 
 def _environment(facts: RunFacts) -> str:
     args, settings = facts.args, facts.saved_settings or {}
+    made: dict[str | None, tuple[str, dict[str, Any]]]
     if "environment" in settings:
         made = {None: (settings["environment"], settings.get("environment_kwargs") or {})}
     else:
