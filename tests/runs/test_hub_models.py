@@ -16,7 +16,7 @@ import pytest
 import torch
 from conftest import Corridor, child_environment, make_model, make_tokenizer
 from datasets import Dataset
-from faulty_runs import SETTINGS
+from faulty_runs import SETTINGS, say
 from hub_server import Hub, Repository
 from huggingface_hub import ModelCard
 from peft import LoraConfig
