@@ -56,7 +56,7 @@ def push(folder: Path) -> None:
     trainer = EPOTrainer(
         BASE,
         args=EPOConfig(str(folder / "python"), **SMALL),
-        train_dataset=Dataset.from_dict({"length": [3], "seed": [2]}),
+        train_dataset=Dataset.from_dict({"length": [3, 3], "seed": [2, 3]}),
         processing_class=tokenizer,
         environment_factory=Corridor,
         peft_config=LoraConfig(r=2, target_modules=["q_proj"]),
@@ -189,6 +189,7 @@ def test_sections(hub, pushed):
         assert "| λ | `entropy_coef` | 0.5 |" in text
     assert "| environment | `conftest.Corridor` |" in card(hub, "python").text
     assert "No evaluation of them was logged." in card(hub, "python").text
+    assert "You are at" in card(hub, "python").text.split("## An episode")[1]
 
 
 def test_the_weights_are_those_that_were_trained(hub, pushed, used):

@@ -75,6 +75,7 @@ class Hub:
             take its time, or raise, which the client sees as an error 500.
         on_request (`Callable[[str, str], int | None]`, *optional*): Called with the method and the path of each request; what
             is not `None` is the status of the answer, or `DROP`.
+        forbidden (`set[str]`): Names of repositories that nobody may make.
     """
 
     def __init__(self):
@@ -82,6 +83,7 @@ class Hub:
         self.unknown: list[str] = []
         self.on_commit: Callable[[Commit], None] | None = None
         self.on_request: Callable[[str, str], int | None] | None = None
+        self.forbidden: set[str] = set()
         self._objects: dict[str, bytes] = {}  # of git LFS, by their SHA-256
         self._lock = threading.Lock()
         handler = type("Handler", (_Handler,), {"hub": self})
@@ -119,9 +121,11 @@ class Hub:
 
     # What the requests ask for: each gives JSON, or None if there is no such thing
 
-    def create(self, asked: dict[str, Any]) -> dict[str, Any]:
+    def create(self, asked: dict[str, Any]) -> dict[str, Any] | None:
         name = f"{asked.get('organization') or USER}/{asked['name']}"
         key = f"datasets/{name}" if asked.get("type") == "dataset" else name
+        if name in self.forbidden:
+            return None
         private = asked.get("visibility") == "private" or bool(asked.get("private"))
         with self._lock:
             self.repositories.setdefault(key, Repository(key, private))

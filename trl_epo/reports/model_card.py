@@ -286,7 +286,7 @@ def _described(factory: Callable) -> tuple[str, dict[str, Any]]:
 
 def _evaluation(facts: RunFacts) -> str:
     panels = _panels(facts.weights_log)
-    lines = ["## Evaluation", "", f"The weights are those after {facts.weights_step} optimizer steps."]
+    lines = ["## Evaluation", "", f"The weights are those after {_steps(facts.weights_step)}."]
     if not panels:
         return "\n".join([*lines, "No evaluation of them was logged."])
     args = facts.args
@@ -309,6 +309,10 @@ def _evaluation(facts: RunFacts) -> str:
         "this model. How much models of other seeds differ it does not tell.",
     ]
     return "\n".join(lines)
+
+
+def _steps(number: int) -> str:
+    return f"{number} optimizer step{'s' * (number != 1)}"
 
 
 def _panels(log: list[dict[str, Any]]) -> dict[str, tuple[int, dict[str, float]]]:
@@ -342,7 +346,7 @@ def _episode(row: dict[str, Any]) -> str:
         [
             "## An episode",
             "",
-            f"Of {of}, after {row['step']} optimizer steps{task}: {verdict} after {len(turns)} turns, return "
+            f"Of {of}, after {_steps(row['step'])}{task}: {verdict} after {len(turns)} turns, return "
             f"{row['return']:g}. What the model says begins with `>`.",
             "",
             f"{fence}text",
