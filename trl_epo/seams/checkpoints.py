@@ -301,6 +301,8 @@ class FaultTolerantGRPOTrainer(PushingGRPOTrainer):
             with self._noting_errors(), self._prudent_trainer():
                 super()._save_checkpoint(model, trial)
             with self._noting_errors():
+                if self.args.should_save and self.is_adapter:
+                    self.replace_adapter_card(folder)
                 self._save_run_state(folder)
             with self._noting_errors():
                 self.save_extras(str(folder))

@@ -10,6 +10,7 @@ from concurrent.futures import Future
 from copy import copy
 from functools import cache
 from pathlib import Path
+from shutil import copyfile
 from typing import Any
 
 import transformers.trainer
@@ -36,6 +37,7 @@ SIGNATURES = {
 }
 # Attributes that GRPOTrainer or Trainer sets and this module reads or sets.
 ATTRIBUTES = ("hub_model_id", "commit_scheduler")
+CARD = "README.md"
 # What stays on the machine when Trainer pushes a folder: notes that hold paths and tracebacks; a pickle of all settings, the
 # token of the Hub included; a checkpoint that was downloaded to resume from, which would take the place of a newer one.
 NOT_PUSHED = ("episodes/*", TRAINING_ARGS_NAME, "last-checkpoint/*", LOCK_FILE)
@@ -167,6 +169,13 @@ class PushingGRPOTrainer(GRPOTrainer):
     def _push_from_checkpoint(self, checkpoint_folder):
         with replaced(transformers.trainer, "hf_api", _careful_hub):
             super()._push_from_checkpoint(checkpoint_folder)
+
+    def replace_adapter_card(self, folder: Path) -> None:
+        """
+        Put the run's card in the place of PEFT's. That one is a form to fill in, and names the base model as its folder where
+        it is one, for which the Hub refuses the whole checkpoint.
+        """
+        copyfile(Path(self.args.output_dir, CARD), Path(folder, CARD))
 
     def push_checkpoint(self, folder: Path, is_last: bool) -> None:
         """Begin to push a checkpoint; the last one of a run waits for the one before it, others are left out then."""
