@@ -101,7 +101,9 @@ def test_one_that_cannot_be_written_is_not_the_best(tmp_path):
     assert step == 3 and {entry["step"] for entry in log if "eval_runtime" in entry} == {3}
     trainer.create_model_card()
     text = (tmp_path / "README.md").read_text()
-    assert "The weights are those after 3 optimizer steps." in text and "Of evaluation, after 3 optimizer steps" in text
+    assert (
+        "The weights are those after 3 optimizer steps." in text and "Of evaluation, after 3 optimizer steps" in text
+    )
     assert "| - | 3 | 16 | " in text
     trainer.evaluate()
     trainer.create_model_card()
