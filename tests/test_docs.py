@@ -24,7 +24,7 @@ from trl_epo import EPOConfig, check_env, cli
 from trl_epo.cli.play import PlayArguments
 from trl_epo.cli.settings import ScriptArguments
 from trl_epo.cli.warm_up import WarmUpArguments
-from trl_epo.runs import CheckpointError
+from trl_epo.runs import CheckpointError, PushError
 
 
 ROOT = Path(__file__).parents[1]
@@ -149,7 +149,7 @@ def settings():
     names = {field.name for kind in kinds for field in fields(kind)}
     for module, name in public_names():
         thing = getattr(import_module(module), name)
-        if callable(thing) and thing is not CheckpointError:
+        if callable(thing) and thing not in (CheckpointError, PushError):
             names |= set(inspect.signature(thing).parameters)
     return names | set(inspect.signature(Trainer.evaluate).parameters)
 

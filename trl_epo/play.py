@@ -11,12 +11,11 @@ from typing import Any, cast
 import gymnasium
 from accelerate.utils import set_seed
 from datasets import Dataset
-from peft import AutoPeftModelForCausalLM
-from peft.utils import CONFIG_NAME as ADAPTER_CONFIG
 
 from .config import EPOConfig
 from .rollouts import ChatEncoder, EnvironmentPool, Episode, environment_options, play_episodes
 from .sampling import Sample, TurnSampler
+from .saved import is_adapter, load_adapter
 from .text import printable
 from .trainer import EPOTrainer
 
@@ -96,7 +95,7 @@ def play(
     Let a model play one episode, with the prompts and limits of its training.
 
     Args:
-        model (`str` or `PreTrainedModel`): A model's folder, also one with an adapter, or its name on the Hub.
+        model (`str` or `PreTrainedModel`): A model's or an adapter's folder, or its name on the Hub.
         environment_factory (`Callable` or `dict`): What makes the environment, as in training.
         row (`dict`, *optional*): A dataset row.
         args ([`EPOConfig`], *optional*): The settings of training: contexts, turns, sampling.
@@ -111,8 +110,9 @@ def play(
     args = copy(args or EPOConfig("play"))
     if isinstance(model, str | Path):
         model = str(model)
-        if Path(model, ADAPTER_CONFIG).exists():
-            model = AutoPeftModelForCausalLM.from_pretrained(model, trust_remote_code=args.trust_remote_code)
+        if is_adapter(model):
+            model, tokenizer = load_adapter(model, trust_remote_code=args.trust_remote_code)
+            kwargs.setdefault("processing_class", tokenizer)
     with TemporaryDirectory(prefix="trl_epo_play_") as args.output_dir:  # a trainer makes this folder
         trainer = EPOTrainer(
             model,

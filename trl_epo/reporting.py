@@ -4,7 +4,9 @@ model card; and what of it a checkpoint must hold.
 """
 
 import logging
+from collections.abc import Sized
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,16 +18,17 @@ from .entropy import EntropyHistory
 from .reports import (
     Diagnosis,
     EpisodeKeeper,
+    RunFacts,
     complete_model_card,
     enough_played,
     episode_metrics,
     evaluation_metrics,
-    play_example,
     show_episodes,
     show_progress,
 )
 from .rollouts import EPISODES_FOLDER, EpisodePlayer, PlayedBatch
 from .runs import own_randomness
+from .saved import name_on_hub
 from .seams import SeamedGRPOTrainer, replaced
 
 
@@ -159,11 +162,25 @@ class ReportingTrainer(SeamedGRPOTrainer):
         return enough_played(metrics, self.args.metric_for_best_model, self.args.max_failed_fraction)
 
     def extend_model_card(self, path: Path) -> None:
-        example = None
+        step, log = self.weights_log
+        facts = RunFacts(
+            self.args,
+            self.state.log_history,
+            weights_step=step,
+            weights_log=log,
+            repository=self.hub_model_id,
+            base_model=name_on_hub(self.base_model_name),
+            is_adapter=self.is_adapter,
+        )
         if self._player is not None:
-            row = next(iter(self.train_dataset))
-            example = play_example(self.args, self._player.environments.factories, row, self.hub_model_id)
-        complete_model_card(path, self.args, self.state.log_history, example)
+            facts = replace(
+                facts,
+                factories=self._player.environments.factories,
+                row=next(iter(self.train_dataset)),
+                num_rows=len(self.train_dataset) if isinstance(self.train_dataset, Sized) else None,
+                example=self._keeper.example(step),
+            )
+        complete_model_card(path, facts)
 
     # Checkpoints
 

@@ -93,5 +93,5 @@ class TestPlay:
         assert "`row` is -1" in refused(capsys, *flags, "--row", "-1")
         assert "split 'val'" in refused(capsys, *flags, "--split", "val")
         assert "`model_name_or_path` is not set" in refused(capsys, "play", "--config", SMALL)
-        assert "no trl_epo.json in 'nowhere', nor such a folder, which" in refused(capsys, "play", "nowhere")
+        assert "in 'nowhere': no such folder is here, and the Hub has" in refused(capsys, "play", "nowhere")
         assert "with --environment or --config" in refused(capsys, "play", model_folder)

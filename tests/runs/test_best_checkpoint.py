@@ -96,3 +96,15 @@ def test_one_that_cannot_be_written_is_not_the_best(tmp_path):
     trainer.train()
     assert (trainer.state.best_global_step, trainer.state.best_metric) == (3, 2.0)
     assert trainer.state.best_model_checkpoint == str(tmp_path / "checkpoint-3")
+    # What the card tells of the weights
+    step, log = trainer.weights_log
+    assert step == 3 and {entry["step"] for entry in log if "eval_runtime" in entry} == {3}
+    trainer.create_model_card()
+    text = (tmp_path / "README.md").read_text()
+    assert (
+        "The weights are those after 3 optimizer steps." in text and "Of evaluation, after 3 optimizer steps" in text
+    )
+    assert "| - | 3 | 16 | " in text
+    trainer.evaluate()
+    trainer.create_model_card()
+    assert "| - | 4 | 16 | " in (tmp_path / "README.md").read_text()

@@ -1,14 +1,17 @@
 """
 Pushes to the Hub, and what lies there: a Hub on the loopback address, a process that trains and pushes, another one that
-downloads and resumes.
+plays, downloads and resumes.
 """
 
 import faulthandler
 import json
+import re
 import signal
 import subprocess
 import sys
+from contextlib import redirect_stdout
 from functools import partial
+from io import StringIO
 from pathlib import Path
 
 import pytest
@@ -20,6 +23,7 @@ from huggingface_hub import snapshot_download
 from peft import LoraConfig
 
 from trl_epo import EPOConfig, EPOTrainer, cli
+from trl_epo.play import play
 from trl_epo.runs.checkpoints import MANIFEST, what_is_missing
 
 
@@ -107,8 +111,16 @@ def train(folder: Path) -> None:
     cli.main(["train", *(part for name, value in flags.items() for part in (f"--{name}", str(value)))])
 
 
-def resume(folder: Path) -> None:
-    """Download what the runs have pushed, and train on from it."""
+def play_and_resume(folder: Path) -> None:
+    """Play what the runs have pushed, by its name, then download it and train on from it."""
+    args = EPOConfig("play", **SETTINGS)
+    for name in ("full", "lora", "every_save", "end"):
+        lines: list[str] = []
+        play(f"someone/{name}", Corridor, {"length": 3, "seed": 2}, args, show=lines.append)
+        (folder / f"{name}.txt").write_text("\n".join(lines))
+    with redirect_stdout(StringIO()) as out:
+        cli.main(["play", "someone/cli", "--environment", "test_hub:Breaking"])
+    (folder / "cli.txt").write_text(out.getvalue())
     for name, place in (("full", "last-checkpoint"), ("lora", "checkpoint-3")):
         downloaded = snapshot_download(f"someone/{name}", local_dir=folder / name)
         trainer = make_trainer(folder / name, folder / "base", name == "lora")
@@ -150,16 +162,22 @@ def test_it_speaks_all_that_is_asked(pushed):
     assert all(repository.private for repository in hub.repositories.values())
 
 
-def test_a_pushed_checkpoint_resumes_bit_by_bit(pushed, tmp_path):
+def test_what_is_pushed_plays_and_resumes_bit_by_bit(pushed, tmp_path):
     hub, folder = pushed
     (tmp_path / "base").symlink_to(folder / "base")
-    call("resume", tmp_path, hub)
+    call("play_and_resume", tmp_path, hub)
+    for name in ("cli", "end", "every_save", "full", "lora"):
+        played = (tmp_path / f"{name}.txt").read_text()
+        assert "The door is at 3." in played and re.search(r"uccess after \d turns? \(", played), played
     for name in ("full", "lora"):
         assert torch.equal(torch.load(tmp_path / f"{name}.pt"), torch.load(folder / f"{name}.pt")), name
 
 
 def test_pushed_checkpoints_are_whole(pushed, tmp_path):
     hub, folder = pushed
+    # Each run ends with its last one
+    assert hub.messages("someone/lora")[-2:] == ["Training in progress, step 5, checkpoint", "End of training"]
+    assert b"### EPO" in hub.files("someone/lora")["checkpoint-5/README.md"]
     # The run ended by SIGTERM when its last checkpoint lay on the Hub.
     assert json.loads((folder / "pushed").read_text()) == [True, True]
     assert json.loads(hub.files("someone/full")[f"last-checkpoint/{MANIFEST}"])["step"] == 3
@@ -198,8 +216,7 @@ def test_what_is_pushed_tells_nothing_of_the_machine(pushed):
             if str(folder).encode() in content or str(Path(__file__).parent).encode() in content:
                 told.setdefault(name, set()).add(path.split("/")[-1])
     # An adapter must say what it is an adapter of, which here is a folder.
-    assert told == {"someone/lora": {"adapter_config.json", "README.md"}}
-    assert str(folder).encode() not in hub.files("someone/lora")["README.md"]  # the model's card
+    assert told == {"someone/lora": {"adapter_config.json"}}
 
 
 @pytest.mark.parametrize("name", ["cli", "end", "every_save", "full", "lora"])

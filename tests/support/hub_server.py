@@ -1,6 +1,6 @@
 """
-A Hub on the loopback address: the part of its HTTP interface by which `huggingface_hub` makes repositories, pushes folders
-and downloads them, for models only.
+A Hub on the loopback address: the part of its HTTP interface by which `huggingface_hub` makes repositories of models and
+datasets, pushes folders and downloads them.
 
     with Hub() as hub:
         subprocess.run([...], env=child_environment(**hub.environment(cache)))
@@ -13,6 +13,7 @@ import base64
 import hashlib
 import json
 import re
+import socket
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -21,8 +22,14 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qs, unquote, urlsplit
 
+import yaml
+
 
 USER = "someone"
+TOKENS = {"hf_of_someone", "hf_of_someone_else"}
+DROP = 0  # what `on_request` answers to end a connection without an answer
+REPOSITORY = re.compile(r"[\w.-]+(/[\w.-]+)?")
+PIPELINES = ("text-generation", "image-text-to-text")
 LARGE = (".safetensors", ".bin", ".pt", ".pth", ".parquet")  # what the Hub wants as LFS objects, whatever their size
 
 
@@ -62,16 +69,21 @@ class Hub:
     A server that runs while this context lasts.
 
     Attributes:
-        repositories (`dict[str, Repository]`): By name, "owner/name".
+        repositories (`dict[str, Repository]`): By name, "owner/name", of datasets "datasets/owner/name".
         unknown (`list[str]`): Requests that it has no answer for; a test may want there to be none.
         on_commit (`Callable[[Commit], None]`, *optional*): Called before a commit is made, on a thread of the server's; it may
             take its time, or raise, which the client sees as an error 500.
+        on_request (`Callable[[str, str], int | None]`, *optional*): Called with the method and the path of each request; what
+            is not `None` is the status of the answer, or `DROP`.
+        forbidden (`set[str]`): Names of repositories that nobody may make.
     """
 
     def __init__(self):
         self.repositories: dict[str, Repository] = {}
         self.unknown: list[str] = []
         self.on_commit: Callable[[Commit], None] | None = None
+        self.on_request: Callable[[str, str], int | None] | None = None
+        self.forbidden: set[str] = set()
         self._objects: dict[str, bytes] = {}  # of git LFS, by their SHA-256
         self._lock = threading.Lock()
         handler = type("Handler", (_Handler,), {"hub": self})
@@ -109,12 +121,15 @@ class Hub:
 
     # What the requests ask for: each gives JSON, or None if there is no such thing
 
-    def create(self, asked: dict[str, Any]) -> dict[str, Any]:
+    def create(self, asked: dict[str, Any]) -> dict[str, Any] | None:
         name = f"{asked.get('organization') or USER}/{asked['name']}"
+        key = f"datasets/{name}" if asked.get("type") == "dataset" else name
+        if name in self.forbidden:
+            return None
         private = asked.get("visibility") == "private" or bool(asked.get("private"))
         with self._lock:
-            self.repositories.setdefault(name, Repository(name, private))
-        return {"url": f"{self.url}/{name}", "name": name, "id": name}
+            self.repositories.setdefault(key, Repository(key, private))
+        return {"url": f"{self.url}/{key}", "name": name, "id": name}
 
     def info(self, name: str, revision: str) -> dict[str, Any] | None:
         commit = self._commit(name, revision)
@@ -122,6 +137,7 @@ class Hub:
             return None
         siblings = [{"rfilename": path} for path in sorted(commit.files)]
         private = self.repositories[name].private
+        name = name.removeprefix("datasets/")
         return {"id": name, "modelId": name, "sha": commit.oid, "private": private, "tags": [], "siblings": siblings}
 
     def tree(self, name: str, revision: str) -> list[dict[str, Any]] | None:
@@ -183,6 +199,8 @@ class Hub:
                 deleted.append(value["path"])
             else:
                 raise NotImplementedError(key)
+        if errors := metadata_errors(added.get("README.md", b"").decode()):
+            raise ValueError(errors)
         if self.on_commit is not None:
             self.on_commit(Commit("", message, added))
         with self._lock:
@@ -207,14 +225,19 @@ class _Handler(BaseHTTPRequestHandler):
 
     def do_GET(self):
         path = unquote(urlsplit(self.path).path)
+        if self._fails(path, writes=False):
+            return
         if path == "/api/whoami-v2":
             return self._send_json({"type": "user", "name": USER, "orgs": [], "auth": {"type": "access_token"}})
-        if match := re.fullmatch(r"/api/models/([^/]+/[^/]+)(?:/revision/(.+))?", path):
-            return self._send_json(self.hub.info(match[1], match[2] or "main"))
-        if match := re.fullmatch(r"/api/models/([^/]+/[^/]+)/tree/([^/]+)", path):
+        if match := re.fullmatch(r"/api/(models|datasets)/([^/]+/[^/]+)(?:/revision/(.+))?", path):
+            return self._send_json(self.hub.info(_key(match[1], match[2]), match[3] or "main"))
+        if match := re.fullmatch(r"/api/(models|datasets)/([^/]+/[^/]+)/tree/([^/]+)", path):
             recursive = parse_qs(urlsplit(self.path).query).get("recursive", [""])[0].lower() in ("true", "1")
-            return self._send_json(self.hub.tree(match[1], match[2])) if recursive else self._not_known()
-        if match := re.fullmatch(r"/([^/]+/[^/]+)/resolve/([^/]+)/(.+)", path):
+            name = _key(match[1], match[2])
+            return self._send_json(self.hub.tree(name, match[3])) if recursive else self._not_known()
+        if re.fullmatch(r"/api/models/[^/]+/[^/]+/tree/[^/]+/additional_chat_templates", path):
+            return self._send(404, b"{}", {"X-Error-Code": "EntryNotFound"})  # a folder that these models do not have
+        if match := re.fullmatch(r"/((?:datasets/)?[^/]+/[^/]+)/resolve/([^/]+)/(.+)", path):
             return self._send_file(self.hub.content(*match.groups()))
         return self._not_known()
 
@@ -222,26 +245,49 @@ class _Handler(BaseHTTPRequestHandler):
 
     def do_POST(self):
         path, body = unquote(urlsplit(self.path).path), self._body()
+        if self._fails(path, writes=path != "/api/validate-yaml"):
+            return None
         if path == "/api/repos/create":
             return self._send_json(self.hub.create(json.loads(body)))
         if path == "/api/validate-yaml":
-            return self._send_json({"errors": [], "warnings": []})
-        if re.fullmatch(r"/api/models/[^/]+/[^/]+/preupload/main", path):
+            errors = metadata_errors(json.loads(body)["content"])
+            answer = {"errors": [{"message": error} for error in errors], "warnings": []}
+            return self._send(400 if errors else 200, json.dumps(answer).encode())
+        if re.fullmatch(r"/api/(models|datasets)/[^/]+/[^/]+/preupload/main", path):
             return self._send_json(self.hub.upload_modes(json.loads(body)))
-        if re.fullmatch(r"/[^/]+/[^/]+\.git/info/lfs/objects/batch", path):
+        if re.fullmatch(r"/(datasets/)?[^/]+/[^/]+\.git/info/lfs/objects/batch", path):
             return self._send_json(self.hub.lfs_batch(json.loads(body)))
-        if match := re.fullmatch(r"/api/models/([^/]+/[^/]+)/commit/main", path):
+        if match := re.fullmatch(r"/api/(models|datasets)/([^/]+/[^/]+)/commit/main", path):
             try:
-                return self._send_json(self.hub.push(match[1], [json.loads(line) for line in body.splitlines()]))
+                lines = [json.loads(line) for line in body.splitlines()]
+                return self._send_json(self.hub.push(_key(match[1], match[2]), lines))
             except Exception as error:
                 return self._send(500, repr(error).encode(), {"X-Error-Message": repr(error)})
         return self._not_known()
 
     def do_PUT(self):
         path, body = urlsplit(self.path).path, self._body()
+        if self._fails(path, writes=False):  # the address of an upload is a secret of its own
+            return None
         if match := re.fullmatch(r"/lfs/([0-9a-f]{64})", path):
             return self._send(200 if self.hub.keep(match[1], body) else 400, b"")
         return self._not_known()
+
+    def _fails(self, path: str, writes: bool) -> bool:
+        """Whether the request was answered with a fault: one that a test asks for, or of a missing or wrong token."""
+        status = self.hub.on_request(self.command, path) if self.hub.on_request is not None else None
+        if status == DROP and status is not None:
+            self.close_connection = True
+            self.connection.shutdown(socket.SHUT_RDWR)
+            return True
+        if status is None:
+            token = self.headers.get("Authorization", "").removeprefix("Bearer ")
+            private = (repository in path and of.private for repository, of in list(self.hub.repositories.items()))
+            needs_token = writes or (any(private) and self.command != "PUT")
+            status = 401 if token not in TOKENS and (token or needs_token) else None
+        if status is not None:
+            self._send(status, json.dumps({"error": f"the Hub says {status}"}).encode())
+        return status is not None
 
     def _body(self) -> bytes:
         if self.headers.get("Transfer-Encoding", "").lower() != "chunked":
@@ -281,6 +327,31 @@ class _Handler(BaseHTTPRequestHandler):
 
     def log_message(self, *args) -> None:
         pass
+
+
+def metadata_errors(card: str) -> list[str]:
+    """What the Hub would not take in the front matter of a card."""
+    parts = re.match(r"---\n(.*?)\n---\n", card, re.DOTALL)
+    if parts is None:
+        return []
+    data = yaml.safe_load(parts[1]) or {}
+    errors = []
+    for key in ("base_model", "datasets"):
+        names = data.get(key, [])
+        for name in [names] if isinstance(names, str) else names:
+            if not isinstance(name, str) or not REPOSITORY.fullmatch(name):
+                errors.append(f'"{key}" with value "{name}" is not valid.')
+    if not all(isinstance(tag, str) for tag in data.get("tags", [])):
+        errors.append('"tags" must be texts')
+    if "library_name" in data and not re.fullmatch(r"[a-z0-9-]+", data["library_name"]):
+        errors.append('"library_name" is not valid')
+    if data.get("pipeline_tag", PIPELINES[0]) not in PIPELINES:
+        errors.append('"pipeline_tag" is not valid')
+    return errors
+
+
+def _key(kind: str, name: str) -> str:
+    return f"datasets/{name}" if kind == "datasets" else name
 
 
 def _sha256(content: bytes) -> str:

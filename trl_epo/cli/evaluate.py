@@ -25,6 +25,7 @@ def evaluate(script: ScriptArguments, args: EPOConfig, model_args: ModelConfig) 
     path = _writable(Path(script.results or Path(args.output_dir, "evaluation.json")))
     panels = script.panels()
     args.beta, args.sync_ref_model, args.advantage_estimator = 0.0, False, "grpo"  # no reference model and no critic
+    args.push_to_hub = False  # what a config file for `train` says
     trainer = make_trainer(script, args, model_args, train_dataset=next(iter(panels.values())), eval_dataset=panels)
     metrics = trainer.evaluate()
     if trainer.is_world_process_zero():

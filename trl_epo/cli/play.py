@@ -10,7 +10,7 @@ from datasets import Dataset
 from ..play import play_row, play_yourself
 from ..reports import PLAY_SETTINGS_FILE
 from .mistakes import UsageError
-from .settings import ScriptArguments, parse
+from .settings import ScriptArguments, check_downloaded_settings, parse, play_settings_file
 from .train import make_trainer
 
 
@@ -36,21 +36,24 @@ class PlayArguments:
 
 
 def play(arguments: Sequence[str]) -> None:
-    """Play one episode: `trl-epo play [RUN] [--FLAG VALUE ...]`."""
+    """Play one episode: `trl-epo play [MODEL] [--FLAG VALUE ...]`; the model is a folder or a name on the Hub."""
     arguments = list(arguments)
     if arguments and not arguments[0].startswith("-"):
         run = arguments.pop(0)
-        given = {argument.partition("=")[0] for argument in arguments}
+        given = _flags(arguments)
         if "--config" not in given:
-            # A checkpoint's settings are those of its run
-            files = [folder / PLAY_SETTINGS_FILE for folder in (Path(run), Path(run).parent)]
-            file = next((file for file in files if file.exists()), None)
+            file = play_settings_file(run, given.get("--model_revision"))
             if file is not None:
+                if not Path(run).is_dir():
+                    check_downloaded_settings(run, file, given)
                 arguments += ["--config", str(file)]
             elif "--environment" not in given:
+                where = (
+                    "" if Path(run).is_dir() else ": no such folder is here, and the Hub has none or cannot be asked"
+                )
                 raise UsageError(
-                    f"There is no {PLAY_SETTINGS_FILE} in {run!r}, {'' if Path(run).exists() else 'nor such a folder, '}"
-                    "which `trl-epo train` leaves beside a model: say what to play in, with --environment or --config."
+                    f"There is no {PLAY_SETTINGS_FILE}, which `trl-epo train` leaves beside a model, in {run!r}{where}. Say what "
+                    "to play in, with --environment or --config."
                 )
         arguments += ["--model_name_or_path", run]
     script, args, model_args, which = parse("play", arguments, PlayArguments)
@@ -59,10 +62,21 @@ def play(arguments: Sequence[str]) -> None:
         play_yourself(script.environment_factory(), row, args.seed)
         return
     args.beta, args.sync_ref_model, args.advantage_estimator = 0.0, False, "grpo"  # no reference model and no critic
+    args.push_to_hub = False  # what a config file for `train` says
     args.eval_strategy = "no"
     trainer = make_trainer(script, args, model_args, train_dataset=Dataset.from_list([row or {"prompt": []}]))
     # A temperature that was asked for is meant, whatever evaluations have
     play_row(trainer, row, temperature=args.temperature if "--temperature" in arguments else None)
+
+
+def _flags(arguments: Sequence[str]) -> dict[str, str]:
+    """The options that are given, with what stands behind each."""
+    flags = {}
+    for argument, following in zip(arguments, [*arguments[1:], ""], strict=False):
+        name, has_value, value = argument.partition("=")
+        if name.startswith("--"):
+            flags[name] = value if has_value else following
+    return flags
 
 
 def _row(script: ScriptArguments, which: PlayArguments) -> dict[str, Any]:

@@ -8,12 +8,12 @@ from pathlib import Path
 from typing import Any
 
 from datasets import Dataset
-from peft.utils import CONFIG_NAME as ADAPTER_CONFIG
 from trl import ModelConfig, TrlParser
 
 from ..config import EPOConfig
-from ..reports import PLAY_SETTINGS_FILE, play_settings
-from ..text import did_you_mean, shortened
+from ..reports import PLAY_SETTINGS, PLAY_SETTINGS_FILE, foreign_code, play_settings
+from ..saved import is_adapter, saved_file
+from ..text import did_you_mean, shortened, shown
 from .help import all_options
 from .mistakes import OneLineParser, UsageError, one_line
 from .named import ENVIRONMENTS, check_environment_name, config_file, environment_maker, imported, json_object
@@ -24,6 +24,11 @@ QUANTIZATION = (
     *("load_in_4bit", "load_in_8bit", "dtype"),
     *("bnb_4bit_quant_type", "use_bnb_nested_quant", "bnb_4bit_quant_storage"),
 )
+
+
+# What lies beside a model for `trl-epo play`, besides the settings of an episode; the latter if they are set
+SAVED_SETTINGS = ("environment", "environment_kwargs", "tasks", "tasks_kwargs", "tasks_seed", "eval_splits")
+OPTIONAL_SETTINGS = ("prompt_builder", "action_parser")
 
 
 @dataclass
@@ -180,9 +185,8 @@ class ScriptArguments:
 
 def save_play_settings(script: ScriptArguments, args: EPOConfig, model_args: ModelConfig) -> None:
     """Leave beside the model what `trl-epo play` needs to know, as a config file."""
-    names = ("environment", "environment_kwargs", "tasks", "tasks_kwargs", "tasks_seed", "eval_splits")
-    settings = {name: getattr(script, name) for name in names} | play_settings(args)
-    optional = {name: getattr(script, name) for name in ("prompt_builder", "action_parser")}
+    settings = {name: getattr(script, name) for name in SAVED_SETTINGS} | play_settings(args)
+    optional = {name: getattr(script, name) for name in OPTIONAL_SETTINGS}
     if model_args.load_in_4bit or model_args.load_in_8bit:
         optional |= {name: getattr(model_args, name) for name in QUANTIZATION}
     settings |= {name: value for name, value in optional.items() if value not in (None, False)}
@@ -243,7 +247,7 @@ def parse(command: str, arguments: Sequence[str], *more: type) -> tuple:
             )
         told = {*config, *(flag.partition("=")[0].lstrip("-").replace("-", "_") for flag in flags)}
         if given.model_name_or_path and told.isdisjoint(("load_in_4bit", "load_in_8bit")):
-            saved = _saved_quantization(Path(given.model_name_or_path))
+            saved = _saved_quantization(given.model_name_or_path, given.model_revision)
             parser.set_defaults_with_config(**{name: value for name, value in saved.items() if name not in told})
         settings = parser.parse_args_into_dataclasses(flags, look_for_args_file=False)
     except (ValueError, TypeError, OSError, ImportError) as error:
@@ -300,11 +304,50 @@ def _read(file: Path, parser: _Parser) -> dict[str, Any]:
     return config
 
 
-def _saved_quantization(folder: Path) -> dict[str, Any]:
-    """How the weights below the adapter in a folder were quantized when it was trained; a checkpoint's, as those of its run."""
-    files = [place / PLAY_SETTINGS_FILE for place in (folder, folder.parent)]
-    file = next((file for file in files if file.exists()), None)
-    if file is None or not Path(folder, ADAPTER_CONFIG).exists():
-        return {}
-    saved = json.loads(file.read_text())
+def _saved_quantization(model: str, revision: str | None) -> dict[str, Any]:
+    """How the weights below an adapter were quantized when it was trained."""
+    file = play_settings_file(model, revision) if is_adapter(model, revision) else None
+    saved = {} if file is None else json.loads(file.read_text())
     return {name: value for name, value in saved.items() if name in QUANTIZATION}
+
+
+def play_settings_file(model: str, revision: str | None = None) -> Path | None:
+    """Where what [`save_play_settings`] left beside a model is, if it is there; a checkpoint's is that of its run."""
+    file = saved_file(model, PLAY_SETTINGS_FILE, revision)
+    beside = Path(model).parent / PLAY_SETTINGS_FILE
+    return beside if file is None and Path(model).is_dir() and beside.is_file() else file
+
+
+def check_downloaded_settings(repository: str, file: Path, flags: Iterable[str]) -> None:
+    """
+    Whether the settings beside a model on the Hub are harmless: whoever wrote them is a stranger.
+
+    Args:
+        repository (`str`): The model's name on the Hub.
+        file (`Path`): The downloaded file.
+        flags (`Iterable[str]`): What the user names on the command line, and so wants ("--environment").
+
+    Raises:
+        UsageError: If it holds other settings than [`save_play_settings`] writes, or names code that is not this package's and
+            that the user does not name too.
+    """
+    told = f"The {PLAY_SETTINGS_FILE} of {repository} on the Hub"
+    try:
+        settings = json.loads(file.read_text())
+    except ValueError as error:
+        raise UsageError(
+            f"{told} cannot be read: {error}. Say what to play in, with --environment or --config."
+        ) from error
+    known = {*SAVED_SETTINGS, *OPTIONAL_SETTINGS, *QUANTIZATION, *PLAY_SETTINGS}
+    if not isinstance(settings, dict) or (others := set(settings) - known):
+        what = ", ".join(map(shown, sorted(others))) if isinstance(settings, dict) else f"a {type(settings).__name__}"
+        raise UsageError(
+            f"{told} holds {what}, which is not for it to say. Say what to play in, with --environment or --config."
+        )
+    code = {f"--{name}": path for name, path in foreign_code(settings).items()}
+    if unsaid := set(code) - set(flags):
+        options = " ".join(f"{name} {path}" for name, path in code.items())
+        raise UsageError(
+            f"{told} names code to run on this machine ({', '.join(sorted(unsaid))}). If that code is here and is what you want "
+            f"to run, say so: {options}"
+        )

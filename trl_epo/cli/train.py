@@ -5,14 +5,14 @@ import os
 from pathlib import Path
 
 from datasets import Dataset
-from peft import AutoPeftModelForCausalLM, LoraConfig, PeftConfig
-from peft.utils import CONFIG_NAME as ADAPTER_CONFIG
+from peft import LoraConfig, PeftConfig
 from transformers import AutoConfig
 from transformers.utils import is_bitsandbytes_available
 from trl import ModelConfig, get_peft_config, get_quantization_config
 
 from ..config import EPOConfig
 from ..runs import check_unused, last_whole_checkpoint
+from ..saved import is_adapter, load_adapter
 from ..trainer import EPOTrainer
 from .mistakes import UsageError, settings_checked
 from .settings import ScriptArguments, save_play_settings
@@ -37,7 +37,7 @@ LORA_FLAGS = {
 def make_trainer(
     script: ScriptArguments, args: EPOConfig, model_args: ModelConfig, train_dataset: Dataset | None, **kwargs
 ) -> EPOTrainer:
-    """The trainer; a folder with an adapter is loaded as its model, quantized if asked for, with that adapter."""
+    """The trainer; an adapter is loaded onto its base model, quantized if asked for."""
     quantization = get_quantization_config(model_args)
     if quantization is not None and not is_bitsandbytes_available():
         name = "load_in_4bit" if model_args.load_in_4bit else "load_in_8bit"
@@ -52,8 +52,8 @@ def make_trainer(
     model = model_args.model_name_or_path
     kwargs |= script.functions()
     with settings_checked():
-        if Path(model, ADAPTER_CONFIG).exists():
-            model = AutoPeftModelForCausalLM.from_pretrained(
+        if is_adapter(model, args.model_init_kwargs["revision"]):
+            model, kwargs["processing_class"] = load_adapter(
                 model, is_trainable=True, quantization_config=quantization, **args.model_init_kwargs
             )
             args.model_init_kwargs = quantization = None
@@ -125,7 +125,7 @@ def make_train_trainer(script: ScriptArguments, args: EPOConfig, model_args: Mod
 
 
 def train(script: ScriptArguments, args: EPOConfig, model_args: ModelConfig) -> None:
-    """Train, and leave the model, its card and the log in `output_dir`."""
+    """Train, leave the model, its card and the log in `output_dir`, and push them if asked for."""
     check_output_dir(args)
     trainer = make_train_trainer(script, args, model_args)
     checkpoint = args.resume_from_checkpoint
@@ -137,7 +137,10 @@ def train(script: ScriptArguments, args: EPOConfig, model_args: ModelConfig) -> 
     if trainer.is_world_process_zero():
         save_play_settings(script, args, model_args)
     trainer.train(resume_from_checkpoint=checkpoint)
-    trainer.save_model()
     trainer.save_state()
-    trainer.create_model_card(model_name=Path(args.output_dir).name)
+    if args.push_to_hub:
+        trainer.push_to_hub()  # saves the model and its card first
+    else:
+        trainer.save_model()
+        trainer.create_model_card(model_name=Path(args.output_dir).name)
     trainer.accelerator.end_training()

@@ -93,6 +93,7 @@ def warm_up(arguments: Sequence[str]) -> None:
     script, args, model_args, whom = parse("warm-up", arguments, WarmUpArguments)
     check_output_dir(args)
     args.beta, args.sync_ref_model, args.advantage_estimator = 0.0, False, "grpo"  # no reference model and no critic
+    args.push_to_hub = False  # what a config file for `train` says
     args.eval_strategy = "no"
     trainer = make_trainer(
         script,

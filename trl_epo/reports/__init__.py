@@ -23,7 +23,15 @@ if TYPE_CHECKING:
     )
     from .kept_episodes import EpisodeKeeper
     from .metrics import episode_metrics
-    from .model_card import PAPER, PLAY_SETTINGS_FILE, complete_model_card, play_example, play_settings
+    from .model_card import (
+        PAPER,
+        PLAY_SETTINGS,
+        PLAY_SETTINGS_FILE,
+        RunFacts,
+        complete_model_card,
+        foreign_code,
+        play_settings,
+    )
     from .plots import plot_training
     from .progress import show_progress
     from .timing import SAMPLING, SCORING, StepTimes
@@ -32,19 +40,21 @@ if TYPE_CHECKING:
 
 __all__ = [
     "PAPER",
+    "PLAY_SETTINGS",
     "PLAY_SETTINGS_FILE",
     "SAMPLING",
     "SCORING",
     "Diagnosis",
     "EpisodeKeeper",
+    "RunFacts",
     "StepTimes",
     "complete_model_card",
     "enough_played",
     "episode_metrics",
     "evaluation_metrics",
     "failed_share",
+    "foreign_code",
     "mean_success",
-    "play_example",
     "play_settings",
     "plot_training",
     "run_success",
@@ -58,7 +68,10 @@ _MODULES = {
     "EpisodeKeeper": "kept_episodes",
     "PAPER": "model_card",
     "Diagnosis": "diagnosis",
+    "PLAY_SETTINGS": "model_card",
     "PLAY_SETTINGS_FILE": "model_card",
+    "RunFacts": "model_card",
+    "foreign_code": "model_card",
     "SAMPLING": "timing",
     "SCORING": "timing",
     "StepTimes": "timing",
@@ -68,7 +81,6 @@ _MODULES = {
     "evaluation_metrics": "evaluation",
     "failed_share": "evaluation",
     "mean_success": "evaluation",
-    "play_example": "model_card",
     "play_settings": "model_card",
     "plot_training": "plots",
     "run_success": "evaluation",

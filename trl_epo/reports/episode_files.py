@@ -88,6 +88,16 @@ class EpisodeFiles:
         """Whether the episodes of an RL step are to be kept."""
         return rl_step % self.stride == 0
 
+    def last(self, step: int) -> pa.Table | None:
+        """The file of an evaluation after this optimizer step, else the newest evaluation, else the newest of training."""
+        evaluations = self._names("eval")
+        names = [*self._names("train"), *evaluations, *(name for name in evaluations if _step(name) == step)]
+        try:
+            return pq.read_table(self.folder / names[-1]) if names else None
+        except (OSError, pa.ArrowException) as error:
+            logger.warning("Kept episodes in %s cannot be read: %s", self.folder / names[-1], error)
+            return None
+
     def _delete_others(self) -> None:
         """Delete what is another run's, or comes after the checkpoint that this one goes on from; once in a training."""
         if self._begins_after is None:

@@ -216,7 +216,18 @@ class EpisodeKeeper:
             panel, step = table["panel"][0].as_py(), table["step"][0].as_py()
             self._files.write(panel_file(panel, step), table)
 
-    # For trackers
+    # For the model card and trackers
+
+    def example(self, step: int) -> dict[str, Any] | None:
+        """
+        One of the kept episodes, on the main process; `None` if there is none. It is of an evaluation after this optimizer
+        step or, without one, of the last evaluation, else of the last training batch: one that succeeded, if any.
+        """
+        table = self._files.last(step)
+        if table is None:
+            return None
+        success = table["success"].to_pylist()
+        return table.slice(success.index(True) if True in success else 0, 1).to_pylist()[0]
 
     def take_shown(self) -> list[dict[str, Any]]:
         """A few of the last episodes that were kept, of different outcomes; each only once. None on other processes."""

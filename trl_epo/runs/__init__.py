@@ -8,6 +8,7 @@ Imports: rollouts and what is below. Open first: `checkpoints.py`.
 from .checkpoints import (
     TRAINING_ARGS_NAME,
     CheckpointError,
+    PushError,
     begin_checkpoint,
     checkpoint_to_resume,
     finish_checkpoint,
@@ -41,6 +42,7 @@ __all__ = [
     "FolderInUse",
     "Interruption",
     "NonfiniteSteps",
+    "PushError",
     "begin_checkpoint",
     "called_alone",
     "check_critic",

@@ -26,6 +26,10 @@ class CheckpointError(RuntimeError):
     """A checkpoint that could not be written, and had to be."""
 
 
+class PushError(RuntimeError):
+    """A push to the Hub that failed; what was to be pushed is on the disk."""
+
+
 def begin_checkpoint(folder: Path) -> None:
     """Mark a folder as cut, until [`finish_checkpoint`] says otherwise."""
     folder.mkdir(parents=True, exist_ok=True)

@@ -3,10 +3,10 @@ TRL's trainer, with its private names turned into methods of ours.
 
 In: what `GRPOTrainer` does, version by version. Out: `SeamedGRPOTrainer`, which `EPOTrainer` extends, and the check of what a new TRL
 has changed (`python -m trl_epo.seams`). Every private name of TRL and of transformers' `Trainer` is in here and nowhere else.
-Imports: every wing below. Open first: `trl.py`; faults and checkpoints: `checkpoints.py`.
+Imports: every wing below. Open first: `trl.py`; faults and checkpoints: `checkpoints.py`; the Hub: `hub.py`.
 """
 
-from .checkpoints import replaced
+from .replacing import replaced
 from .trl import SeamedGRPOTrainer, head_tiles
 
 

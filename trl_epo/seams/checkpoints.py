@@ -5,11 +5,8 @@ The private names of TRL, and of transformers' Trainer below it, that faults, ch
 `trl.py`.
 """
 
-from collections.abc import Iterator, Sequence
-from concurrent.futures import Future
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
-from copy import copy
-from functools import cache
 from pathlib import Path
 from shutil import rmtree
 from signal import Signals
@@ -23,13 +20,9 @@ from torch.distributed.checkpoint import CheckpointException
 from transformers import TrainerControl
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import logging
-from transformers.utils.hub import hf_api
-from trl import GRPOTrainer
 
 from ..runs import (
-    LOCK_FILE,
     NAMES,
-    TRAINING_ARGS_NAME,
     CheckpointError,
     Interruption,
     NonfiniteSteps,
@@ -45,6 +38,8 @@ from ..runs import (
     rotate,
     save_run_state,
 )
+from .hub import PushingGRPOTrainer
+from .replacing import replaced
 
 
 logger = logging.get_logger(__name__)
@@ -82,7 +77,6 @@ SIGNATURES = {
     "_save_checkpoint": ("self", "model", "trial"),
     "_push_from_checkpoint": ("self", "checkpoint_folder"),
     "_finish_current_push": ("self",),
-    "push_to_hub": ("self", "commit_message", "blocking", "token", "revision", "private", "kwargs"),
     "save_model": ("self", "output_dir", "_internal_call"),
     "create_model_card": ("self", "model_name", "dataset_name", "tags"),
     "_determine_best_metric": ("self", "metrics", "trial"),
@@ -113,48 +107,11 @@ GEOMETRY = (
 BEST = ("best_metric", "best_global_step", "best_model_checkpoint")
 # What saves sharded weights: the processes gather them together, then some of them write.
 SHARDED_SAVES = ("save_fsdp_model", "save_fsdp_optimizer")
-# What stays on the machine when Trainer pushes a folder: notes that hold paths and tracebacks; a pickle of all settings, the
-# token of the Hub included; a checkpoint that was downloaded to resume from, which would take the place of a newer one.
-NOT_PUSHED = ("episodes/*", TRAINING_ARGS_NAME, "last-checkpoint/*", LOCK_FILE)
 
 
-@contextmanager
-def replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
-    """While this context lasts, the `owner`, a module or an object, has another `value` of this name."""
-    usual = getattr(owner, name)
-    setattr(owner, name, value)
-    try:
-        yield
-    finally:
-        setattr(owner, name, usual)
-
-
-@cache  # one thread for all pushes, so that they arrive in their order
-def _careful_hub() -> Any:
-    """Trainer's Hub, whose `upload_folder` leaves out what is `NOT_PUSHED`; if one in the background fails, the log says so."""
-    hub = copy(hf_api())
-    upload = hub.upload_folder
-
-    def upload_folder(*args, ignore_patterns: Sequence[str] = (), **kwargs):
-        pushed = upload(*args, ignore_patterns=[*ignore_patterns, *NOT_PUSHED], **kwargs)
-        if isinstance(pushed, Future):
-            pushed.add_done_callback(_log_failed_push)
-        return pushed
-
-    hub.upload_folder = upload_folder
-    return hub
-
-
-def _log_failed_push(push: Future) -> None:
-    if not push.cancelled() and (error := push.exception()) is not None:
-        logger.error(
-            f"A push to the Hub failed, so what it was to bring is not there: {type(error).__name__}: {error}"
-        )
-
-
-class FaultTolerantGRPOTrainer(GRPOTrainer):
+class FaultTolerantGRPOTrainer(PushingGRPOTrainer):
     """
-    `GRPOTrainer` that survives what can go wrong in training: it leaves out optimizer steps that are not finite, ends with a
+    A trainer that survives what can go wrong in training: it leaves out optimizer steps that are not finite, ends with a
     checkpoint on SIGTERM and Ctrl-C, knows whole checkpoints from cut ones, and goes on from them as if nothing had happened.
     """
 
@@ -170,6 +127,7 @@ class FaultTolerantGRPOTrainer(GRPOTrainer):
         self._saved_step = -1
         self._former_best: dict[str, Any] = {}  # before this step's evaluation
         self._losses_to_log: dict[str, Any] | None = None  # of a resumed run, until Trainer has begun its loop
+        self._logged_before_best: int | None = None  # entries of the log, when the best model was loaded
         super().__init__(*args, **kwargs)
         let_gloo_finish()
 
@@ -207,6 +165,7 @@ class FaultTolerantGRPOTrainer(GRPOTrainer):
         checkpoint = checkpoint_to_resume(resume_from_checkpoint, self.args.output_dir)
         self._nonfinite = NonfiniteSteps()
         self._must_save, self._saved_step, self._former_best = False, -1, {}
+        self._logged_before_best = None
         # What an earlier run of this trainer has left
         self._step, self._buffered_inputs, self._losses_to_log = 0, None, None
         self._metrics["train"].clear()
@@ -342,6 +301,8 @@ class FaultTolerantGRPOTrainer(GRPOTrainer):
             with self._noting_errors(), self._prudent_trainer():
                 super()._save_checkpoint(model, trial)
             with self._noting_errors():
+                if self.args.should_save and self.is_adapter:
+                    self.replace_adapter_card(folder)
                 self._save_run_state(folder)
             with self._noting_errors():
                 self.save_extras(str(folder))
@@ -360,7 +321,7 @@ class FaultTolerantGRPOTrainer(GRPOTrainer):
         else:
             self._saved_step = self.state.global_step
             if self.args.push_to_hub:
-                self._push_whole_checkpoint(folder)
+                self.push_checkpoint(folder, self._must_save or self.state.global_step >= self.state.max_steps)
             if self.args.should_save:
                 rotate(folder, self.args.save_total_limit, self.state.best_model_checkpoint)
 
@@ -388,25 +349,9 @@ class FaultTolerantGRPOTrainer(GRPOTrainer):
         self._finish_current_push()
         return Path(self._get_output_dir(trial=None), f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}")
 
-    # The Hub
-
-    def push_to_hub(self, *args, **kwargs):
-        with replaced(transformers.trainer, "hf_api", _careful_hub):
-            return super().push_to_hub(*args, **kwargs)
-
     def _push_from_checkpoint(self, checkpoint_folder):
         if not self._saving:  # else it is not whole yet
-            with replaced(transformers.trainer, "hf_api", _careful_hub):
-                super()._push_from_checkpoint(checkpoint_folder)
-
-    def _push_whole_checkpoint(self, folder: Path) -> None:
-        """Begin to push a checkpoint that is whole; the last one of a run that is cut short waits for the one before it."""
-        if self._must_save:
-            self._finish_current_push()
-        try:
-            self._push_from_checkpoint(str(folder))
-        except Exception as error:  # the first process only: the run, and this process's part in it, go on
-            logger.error(f"The checkpoint {folder} could not be pushed to the Hub: {error}", exc_info=error)
+            super()._push_from_checkpoint(checkpoint_folder)
 
     def _give_up_checkpoint(self, folder: Path) -> None:
         if self.args.should_save:
@@ -439,7 +384,21 @@ class FaultTolerantGRPOTrainer(GRPOTrainer):
 
     def _load_best_model(self):
         super()._load_best_model()
+        self._logged_before_best = len(self.state.log_history)
         self.load_best_extras(self.state.best_model_checkpoint)
+
+    @property
+    def weights_log(self) -> tuple[int, list[dict[str, Any]]]:
+        """After which optimizer step the weights are as they are, and the log entries that may be of them."""
+        history = self.state.log_history
+        if self._logged_before_best is None:
+            return self.state.global_step, history
+        best = self.state.best_global_step
+        return best, [
+            entry
+            for number, entry in enumerate(history)
+            if number >= self._logged_before_best or entry.get("step") == best
+        ]
 
     def _load_optimizer_and_scheduler(self, checkpoint):
         try:

@@ -11,13 +11,17 @@ from trl import GRPOTrainer
 from trl.generation.vllm_generation import VLLMGeneration
 from trl.trainer import utils as trl_utils
 
-from . import checkpoints
+from . import checkpoints, hub
 from . import trl as trl_seams
 
 
-MODULES = {trl_seams.SeamedGRPOTrainer: trl_seams, checkpoints.FaultTolerantGRPOTrainer: checkpoints}
-SIGNATURES = trl_seams.SIGNATURES | checkpoints.SIGNATURES
-ATTRIBUTES = sorted({*trl_seams.ATTRIBUTES, *checkpoints.ATTRIBUTES})
+MODULES = {
+    trl_seams.SeamedGRPOTrainer: trl_seams,
+    checkpoints.FaultTolerantGRPOTrainer: checkpoints,
+    hub.PushingGRPOTrainer: hub,
+}
+SIGNATURES = trl_seams.SIGNATURES | checkpoints.SIGNATURES | hub.SIGNATURES
+ATTRIBUTES = sorted({*trl_seams.ATTRIBUTES, *checkpoints.ATTRIBUTES, *hub.ATTRIBUTES})
 
 # What sources must say, in this order: (where, its source, parts, what it is for).
 SOURCES = (

@@ -45,7 +45,8 @@ from ..sampling import (
     unfit_for_cached_sampler,
 )
 from ..text import printable_parts
-from .checkpoints import FaultTolerantGRPOTrainer, replaced
+from .checkpoints import FaultTolerantGRPOTrainer
+from .replacing import replaced
 from .vllm import engine_turns, sync_weights
 
 
