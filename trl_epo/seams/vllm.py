@@ -12,7 +12,7 @@ import torch
 from trl.generation import vllm_generation
 
 from ..sampling import Answer, EngineTurnSampler
-from .checkpoints import replaced
+from .replacing import replaced
 
 
 GIVEN_UP = ("abort", "error")  # vLLM's reasons for the end of a request whose turn is not over
