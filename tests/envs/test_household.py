@@ -3,6 +3,7 @@ import os
 import random
 import subprocess
 import sys
+import zlib
 from collections import Counter
 
 import pytest
@@ -12,7 +13,20 @@ from hypothesis import strategies as st
 
 import trl_epo
 from trl_epo.envs import household
-from trl_epo.envs.household import CHORES_OF, CONTAINERS, HANDS, RECEPTACLES, ROOMS, THINGS, Chore, Household, tasks
+from trl_epo.envs.household import Household, environment, tasks
+from trl_epo.envs.household import world as house_words
+from trl_epo.envs.household.expert import Searcher, solution
+from trl_epo.envs.household.world import (
+    CHORES_OF,
+    CONTAINERS,
+    HANDS,
+    RECEPTACLES,
+    ROOMS,
+    THINGS,
+    Chore,
+    Refusal,
+    World,
+)
 
 
 SPLITS = ("train", "iid", "ood")
@@ -28,7 +42,7 @@ KNOBS = [  # rooms, chores, turns
 
 def grammar():
     """Every command made of words the game knows."""
-    things = [*THINGS, *household.KEYS]
+    things = [*THINGS, *house_words.KEYS]
     furniture = [*RECEPTACLES, "sink", "stove"]
     yield from ("look", "inventory")
     yield from (f"go to {room}" for room in ROOMS)
@@ -56,14 +70,14 @@ def play(env, world, turns=50):
     """Puts a hand-made world into an environment."""
     env.reset(seed=0)
     env._world, env._plan, env._turns_left = world, [], turns
-    env._searcher = household._Searcher(world)
+    env._searcher = Searcher(world)
     return env
 
 
 @pytest.fixture
 def house():
     """Two rooms: a clean mug is wanted in the locked chest, its key is in the closed drawer."""
-    return household._World(
+    return World(
         exits={"hallway": ["kitchen"], "kitchen": ["hallway"]},
         furniture={"hallway": ["table", "drawer", "stove"], "kitchen": ["chest", "shelf", "sink"]},
         goal=[Chore("clean", "mug", "chest")],
@@ -78,7 +92,7 @@ def house():
 
 
 def test_the_game_in_the_docstring_is_a_real_game():
-    world = household._World(
+    world = World(
         exits={"hallway": ["kitchen"], "kitchen": ["hallway"]},
         furniture={"hallway": ["bench", "chest"], "kitchen": ["cabinet", "sink"]},
         goal=[Chore("clean", "mug", "cabinet")],
@@ -99,7 +113,7 @@ def test_the_game_in_the_docstring_is_a_real_game():
 
 
 def test_doctest():
-    assert doctest.testmod(household) == (0, 5)
+    assert doctest.testmod(environment) == (0, 5)
 
 
 def test_a_locked_game_by_hand(house):
@@ -207,7 +221,7 @@ def test_admissible_are_exactly_the_commands_that_work(seed, split, knobs, wande
         trial = world.copy()
         try:
             trial.act(command)
-        except household._Refusal:
+        except Refusal:
             assert trial == state
         else:
             works.append(command)
@@ -243,7 +257,7 @@ def test_expert_solves_every_state_that_can_be_reached(seed, split, knobs, wande
     rng = random.Random(seed)
     for _ in range(wander):
         world.act(rng.choice(world.admissible()))
-    for command in household._plan(world):
+    for command in solution(world):
         assert command in world.admissible()
         world.act(command)
     assert world.solved()
@@ -344,7 +358,7 @@ def shortest(world):
 @given(seed=seeds, split=splits, rooms=st.integers(2, 4))
 def test_expert_is_shortest_for_one_chore(seed, split, rooms):
     world = fresh_world(seed, rooms=rooms, split=split)
-    assert len(household._plan(world)) == shortest(world)
+    assert len(solution(world)) == shortest(world)
 
 
 # ------------------------------------------------------------------------------------------------------ the environment
@@ -453,7 +467,7 @@ def test_wrong_knobs(wrong, message):
 
 
 def test_a_world_that_cannot_be_found(monkeypatch):
-    monkeypatch.setattr(household, "MAX_TRIES", 1)
+    monkeypatch.setattr(environment, "MAX_TRIES", 1)
     with pytest.raises(ValueError, match="rooms=8 and chores=3 can be solved in turns=15: raise `turns`, or lower"):
         Household(rooms=8, chores=3, turns=15).reset(seed=0)
 
@@ -465,14 +479,14 @@ def test_the_tightest_knobs_work(rooms, chores, turns, split):
         world = fresh_world(seed, rooms, chores, turns, split)
         assert len(world.exits) == rooms
         assert len(world.goal) == chores
-        assert len(household._plan(world)) <= turns
+        assert len(solution(world)) <= turns
 
 
 def test_options_hold_for_one_episode():
     env = Household(rooms=2, chores=1, turns=8)
     env.reset(seed=1, options={"rooms": 6, "chores": 3, "turns": 40, "split": "ood", "task": "clean"})
     assert (len(env._world.exits), len(env._world.goal), env._turns_left) == (6, 3, 40)
-    assert all(household._held_out(*chore) for chore in env._world.goal)
+    assert all(house_words._held_out(*chore) for chore in env._world.goal)
     env.reset(seed=1)
     assert (len(env._world.exits), len(env._world.goal), env._turns_left) == (2, 1, 8)
 
@@ -514,8 +528,8 @@ def test_hash_randomisation_changes_nothing():
         "import sys, types\n"
         "sys.modules['trl_epo'] = types.ModuleType('trl_epo')\n"
         f"sys.modules['trl_epo'].__path__ = {trl_epo.__path__!r}\n"
-        "from trl_epo.envs.household import *\n"
-        "for split in SPLITS:\n"
+        "from trl_epo.envs.household import Household\n"
+        "for split in ('train', 'iid', 'ood'):\n"
         "    env = Household(rooms=6, chores=3, turns=50, split=split)\n"
         "    for seed in range(5):\n"
         "        print(env.reset(seed=seed))\n"
@@ -596,14 +610,14 @@ def test_ood_goals_and_layouts_occur_in_no_other_split():
         known_placements |= set().union(*placements)
     goals, doors, placements = content("ood")
     assert len(known_goals) > 0.6 * sum(
-        len(CHORES_OF[False, kind]) for kind in household.KINDS
+        len(CHORES_OF[False, kind]) for kind in house_words.KINDS
     )  # a fair chance to meet
     assert known_goals.isdisjoint(goals)
     assert all(world_doors - known_doors for world_doors in doors)
     assert all(world_placements - known_placements for world_placements in placements)
     # by construction: what is held out is a fixed property of the words
-    assert not any(household._held_out(*words) for words in [*known_goals, *known_doors, *known_placements])
-    assert all(household._held_out(*goal) for goal in goals)
+    assert not any(house_words._held_out(*words) for words in [*known_goals, *known_doors, *known_placements])
+    assert all(house_words._held_out(*goal) for goal in goals)
     # only the combinations are new, each word has been met
     for position in range(3):
         assert {goal[position] for goal in goals} <= {goal[position] for goal in known_goals}
@@ -615,7 +629,7 @@ def test_train_and_iid_share_no_world():
     }
     assert not set(worlds["train"]) & set(worlds["iid"])
     for parity, split in enumerate(("train", "iid")):
-        assert {household.zlib.crc32(world.encode()) % 2 for world in worlds[split]} == {parity}
+        assert {zlib.crc32(world.encode()) % 2 for world in worlds[split]} == {parity}
 
 
 def test_the_order_of_drawing_does_not_decide_the_split():
