@@ -371,7 +371,7 @@ class TestCommands:
             raise InterruptedError
 
         monkeypatch.setattr("trl_epo.cli.train.is_bitsandbytes_available", lambda: True)
-        monkeypatch.setattr("trl_epo.cli.train.AutoPeftModelForCausalLM.from_pretrained", load)
+        monkeypatch.setattr("trl_epo.saved.AutoPeftModelForCausalLM.from_pretrained", load)
 
         def quantized(folder, command, *more):
             named = ["--config", str(SMALL), "--output_dir", str(tmp_path), "--model_name_or_path", str(folder)]
