@@ -157,6 +157,18 @@ class TestDropIn:
         assert (tmp_path / "checkpoint-3" / "adapter_model.safetensors").exists()
 
 
+def test_fewer_rows_than_a_batch_takes(tmp_path, tokenizer):
+    def make(num_rows):
+        args = EPOConfig(str(tmp_path), **{**BASE, "max_steps": 1})
+        return EPOTrainer(make_model(), reward, args, dataset(num_rows), processing_class=tokenizer)
+
+    with pytest.raises(ValueError, match="has 1 rows, but a batch of 8 completions with `num_generations=4` takes 2"):
+        make(1).train()
+    trainer = make(2)
+    trainer.train()
+    assert trainer.state.global_step == 1
+
+
 class TestObjective:
     def losses(self, tmp_path, tokenizer, means, **kwargs):
         """TRL's loss, ours, and the token entropies on one batch, with a given entropy history."""

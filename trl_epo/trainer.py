@@ -25,6 +25,7 @@ from .rollouts import (
     PromptBuilder,
     TooManyFailures,
     check_first_row,
+    check_num_rows,
     check_other_arguments,
     check_text_episode_arguments,
     episode_return,
@@ -204,6 +205,7 @@ class EPOTrainer(ReportingTrainer):
         self._credit = CreditAssigner(args, self.accelerator, self._critic, return_weight)
 
     def train(self, *args, **kwargs):
+        check_num_rows(self.args, self.train_dataset)
         self.entropy_term.history = EntropyHistory()  # a resumed run loads its own
         with sole_run(self.args.output_dir) if self.is_world_process_zero() else nullcontext():
             return super().train(*args, **kwargs)

@@ -7,6 +7,7 @@ Imports: sampling and what is below; knows no trainer. Open first: `episode.py`,
 """
 
 from .argument_checks import (
+    check_num_rows,
     check_other_arguments,
     check_text_episode_arguments,
     episode_reward_weights,
@@ -44,6 +45,7 @@ __all__ = [
     "TurnView",
     "build_prompt",
     "check_first_row",
+    "check_num_rows",
     "check_other_arguments",
     "check_text_episode_arguments",
     "describe_turn",

@@ -3,6 +3,7 @@
 import logging
 from collections.abc import Callable, Sequence
 
+from datasets import Dataset, IterableDataset
 from trl import GRPOConfig
 
 from ..config import EPOConfig
@@ -152,4 +153,15 @@ def check_other_arguments(args: EPOConfig, prompt_builder: Callable | None) -> N
             f"`advantage_estimator={args.advantage_estimator!r}`, `filter_zero_variance_groups="
             f"{args.filter_zero_variance_groups!r}` and `context={args.context!r}` are for text episodes, but there "
             "is no text environment. Give an `environment_factory`, or leave them at 'grpo', None and 'transcript'."
+        )
+
+
+def check_num_rows(args: EPOConfig, dataset: Dataset | IterableDataset | None) -> None:
+    """Raise a `ValueError` if a dataset to train on has too few rows for one batch: TRL would end after no step."""
+    needed = args.generation_batch_size // args.num_generations
+    if isinstance(dataset, Dataset) and len(dataset) < needed:
+        raise ValueError(
+            f"`train_dataset` has {len(dataset)} rows, but a batch of {args.generation_batch_size} completions with "
+            f"`num_generations={args.num_generations}` takes {needed}. Give more rows (or the same ones again), a smaller "
+            "batch (`per_device_train_batch_size`, `gradient_accumulation_steps`), or a larger `num_generations`."
         )
