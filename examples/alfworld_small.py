@@ -18,10 +18,9 @@ from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
-import gymnasium
 from datasets import Dataset, concatenate_datasets
-from quickstart import WARM_UP_SETTINGS, game_text, make_model, make_tokenizer
-from shared import train_between_panels
+from quickstart import DEMO_SETTINGS, WARM_UP_SETTINGS, game_text, make_model, make_tokenizer
+from shared import TaskReminder, train_between_panels
 from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
 from trl import TrlParser
 
@@ -45,45 +44,33 @@ class AlfWorldArguments:
 
 
 SETTINGS = {
+    **DEMO_SETTINGS,
     "output_dir": "runs/alfworld-small/run",
     "max_steps": 100,
-    "eval_strategy": "no",
-    "per_device_train_batch_size": 64,  # episodes per RL step …
-    "num_generations": 8,  # … in groups of eight
     "per_device_eval_batch_size": 100,
-    "num_generations_eval": 1,
     "max_turns": 30,
     "max_turn_length": 16,
     "learning_rate": 3e-4,
-    "lr_scheduler_type": "constant",
-    "adam_beta2": 0.95,
-    "max_grad_norm": 0.5,
-    "bf16": False,
-    "gradient_checkpointing": False,
     "environment_patience": 30.0,  # a game takes seconds to load
     "logging_steps": 1,
     "save_strategy": "steps",
     "save_steps": 5,
     "save_total_limit": 1,
-    "report_to": "none",
 }
 
 
-class TaskReminder(gymnasium.Wrapper):
-    """Ends every observation with the task, and leaves ALFWorld's welcome out."""
+class AlfWorldReminder(TaskReminder):
+    """Finds the task in ALFWorld's first observation, and leaves the welcome out."""
 
     def reset(self, *, seed=None, options=None):
         observation, info = self.env.reset(seed=seed, options=options)
-        _, place, self.task = observation.split("\n\n")
-        return f"{place} {self.task}", info
-
-    def step(self, action):
-        observation, *rest = self.env.step(action)
-        return f"{observation} {self.task}", *rest
+        _, place, task = observation.split("\n\n")
+        self.task = task.strip().removesuffix(".")
+        return f"{place} {self.task}.", info
 
 
-def make_alfworld(turns: int) -> TaskReminder:
-    return TaskReminder(AlfWorld(turns=turns, instructions=None))
+def make_alfworld(turns: int) -> AlfWorldReminder:
+    return AlfWorldReminder(AlfWorld(turns=turns, instructions=None))
 
 
 def drawn(script: AlfWorldArguments, split: str, size: int, seed: int) -> Dataset:

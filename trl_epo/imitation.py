@@ -127,9 +127,8 @@ class Demonstration(gymnasium.Wrapper):
         self.mistakes: list[int] = []
         self._turn = 0
         self._say: Say | None = None
-        self._possible: list[
-            dict[str, None]
-        ] = []  # actions that were admissible in the episode before and in this one
+        # Actions that were admissible in the episode before and in this one
+        self._possible: list[dict[str, None]] = []
 
     def reset(self, *, seed=None, options=None):
         observation, info = self.env.reset(seed=seed, options=options)

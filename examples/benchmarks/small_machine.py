@@ -44,8 +44,6 @@ KNOBS = {"rooms": 2, "turns": DEMO_SETTINGS["max_turns"]}
 @dataclass
 class SmallMachineArguments:
     steps: int = field(default=4, metadata={"help": "RL steps to time."})
-    width: int = field(default=128, metadata={"help": "Of the policy; 128 is the demo's."})
-    layers: int = field(default=2, metadata={"help": "Of the policy; 2 is the demo's."})
     warm_up_episodes: int = field(default=1500, metadata={"help": "Expert episodes to imitate."})
     json: str | None = field(default=None, metadata={"help": "File for the rows as JSON, rewritten after each."})
     measure: str | None = field(
@@ -82,14 +80,13 @@ def make_warm_policy(script: SmallMachineArguments, folder: str) -> None:
     rows = household.tasks("train", script.warm_up_episodes, **KNOBS, seed=1)
     env = Demonstration(make_household(), environment_expert, noise=0.3, draw=random.Random(0))
     tokenizer = make_tokenizer(game_text(env, rows))
-    size = {"hidden_size": script.width, "intermediate_size": 3 * script.width, "num_hidden_layers": script.layers}
-    trainer = make_trainer(make_model(tokenizer, **size), tokenizer, folder, 1)
+    trainer = make_trainer(make_model(tokenizer), tokenizer, folder, 1)
     warm_up(
         trainer,
         expert_episodes(trainer, rows, noise=0.3, learn_mistakes=True),
         learn_observations=True,
         per_device_train_batch_size=4,
-        learning_rate=6e-3 * 128 / script.width,
+        learning_rate=6e-3,
         **WARM_UP_SETTINGS,
     )
     trainer.model.save_pretrained(folder)

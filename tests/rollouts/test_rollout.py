@@ -410,6 +410,24 @@ class Waiting(Corridor):
         return super().step(action)
 
 
+def fast_and_slow(turns):
+    """An environment of nine turns, and one of so many that waits in each for the end of the former; whether it came."""
+    over, waited = threading.Event(), []
+
+    class Fast(Corridor):
+        def step(self, action):
+            answer = super().step(action)
+            if answer[3]:
+                over.set()
+            return answer
+
+    factories = {
+        "fast": lambda: Fast(length=99, turns=9),
+        "slow": lambda: Waiting(lambda: waited.append(over.wait(30)), turns=turns),
+    }
+    return factories, waited
+
+
 class Sharing(Corridor):
     """Lives in a process with others, of which one call after the other has no end; what ends it ends them all."""
 
@@ -507,19 +525,7 @@ class TestConcurrency:
         assert all(episode.success for episode in play(OneThread, num=8))
 
     def test_generation_goes_on_without_a_slow_environment(self, play, tokenizer):
-        over, waited = threading.Event(), []
-
-        class Fast(Corridor):
-            def step(self, action):
-                answer = super().step(action)
-                if answer[3]:
-                    over.set()
-                return answer
-
-        factories = {
-            "fast": lambda: Fast(length=99, turns=9),
-            "slow": lambda: Waiting(lambda: waited.append(over.wait(30)), turns=2),
-        }
+        factories, waited = fast_and_slow(2)
         fast, slow, _ = episodes = play(factories, names=["fast", "slow", "fast"], patience=1.0)
         assert waited == [True, True]
         assert [len(episode.turns) for episode in episodes] == [9, 2, 9]
@@ -529,19 +535,7 @@ class TestConcurrency:
     @pytest.mark.parametrize(("patience", "num_late"), [(math.inf, 0), (0.0, 1)])
     def test_a_sampler_that_does_not_wait_gets_turns_as_they_come(self, play, monkeypatch, patience, num_late):
         monkeypatch.setattr(ScriptedSampler, "waits_for_turns", False)
-        over, waited = threading.Event(), []
-
-        class Fast(Corridor):
-            def step(self, action):
-                answer = super().step(action)
-                if answer[3]:
-                    over.set()
-                return answer
-
-        factories = {
-            "fast": lambda: Fast(length=99, turns=9),
-            "slow": lambda: Waiting(lambda: waited.append(over.wait(30)), turns=1),
-        }
+        factories, waited = fast_and_slow(1)
         fast, slow = play(factories, names=["fast", "slow"], patience=patience)
         assert waited == [True]
         assert [len(fast.turns), len(slow.turns)] == [9, 1]

@@ -7,7 +7,6 @@ import faulthandler
 import json
 import re
 import signal
-import subprocess
 import sys
 from contextlib import redirect_stdout
 from functools import partial
@@ -16,7 +15,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import Corridor, child_environment, make_model, make_tokenizer
+from conftest import Corridor, make_model, make_tokenizer
 from faulty_runs import SETTINGS, When, weights
 from hub_server import Hub
 from huggingface_hub import snapshot_download
@@ -128,16 +127,6 @@ def play_and_resume(folder: Path) -> None:
         torch.save(weights(trainer), folder / f"{name}.pt")
 
 
-def call(function: str, folder: Path, hub: Hub) -> str:
-    """Call a function of this file in a process for which `hub` is the Hub; its standard error."""
-    environment = child_environment(**hub.environment(folder / "cache"))
-    result = subprocess.run(
-        [sys.executable, __file__, function, str(folder)], env=environment, capture_output=True, text=True, check=False
-    )
-    assert result.returncode == 0, result.stderr[-3000:]
-    return result.stderr
-
-
 @pytest.fixture(scope="module")
 def pushed(tmp_path_factory, tokenizer):
     """The Hub after `train`, and the folder in which it ran."""
@@ -151,7 +140,7 @@ def pushed(tmp_path_factory, tokenizer):
 
     with Hub() as hub:
         hub.on_commit = refuse
-        hub.errors = call("train", folder, hub)
+        hub.errors = hub.call(__file__, "train", folder).stderr
         yield hub, folder
 
 
@@ -165,7 +154,7 @@ def test_it_speaks_all_that_is_asked(pushed):
 def test_what_is_pushed_plays_and_resumes_bit_by_bit(pushed, tmp_path):
     hub, folder = pushed
     (tmp_path / "base").symlink_to(folder / "base")
-    call("play_and_resume", tmp_path, hub)
+    hub.call(__file__, "play_and_resume", tmp_path)
     for name in ("cli", "end", "every_save", "full", "lora"):
         played = (tmp_path / f"{name}.txt").read_text()
         assert "The door is at 3." in played and re.search(r"uccess after \d turns? \(", played), played

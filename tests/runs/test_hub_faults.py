@@ -5,13 +5,12 @@ processes that train.
 
 import faulthandler
 import json
-import subprocess
 import sys
 from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
-from conftest import Corridor, child_environment, make_model, make_tokenizer
+from conftest import Corridor, make_model, make_tokenizer
 from datasets import Dataset
 from faulty_runs import SETTINGS, say
 from hub_server import DROP, Hub
@@ -108,14 +107,6 @@ def completions(folder: Path) -> None:
     trainer.evaluate()
 
 
-def call(function: str, folder: Path, hub: Hub) -> subprocess.CompletedProcess:
-    """Call a function of this file in a process for which `hub` is the Hub."""
-    environment = child_environment(**hub.environment(folder / "cache"))
-    return subprocess.run(
-        [sys.executable, __file__, function, str(folder)], env=environment, capture_output=True, text=True, check=False
-    )
-
-
 @pytest.fixture
 def folder(tmp_path):
     make_model().save_pretrained(tmp_path / "base")
@@ -142,7 +133,7 @@ def test_they_cost_no_run(folder):
     with Hub() as hub:
         hub.on_request = on_request
         hub.forbidden = {"someone/forbidden"}
-        result = call("failing", folder, hub)
+        result = hub.call(__file__, "failing", folder, check=False)
         assert result.returncode == 0, result.stderr[-3000:]
         told, log = json.loads(result.stdout.splitlines()[-1]), result.stderr
         causes = {"refused": "401", "broken": "500", "dropped": "disconnected"}
@@ -164,7 +155,7 @@ def test_they_cost_no_run(folder):
 def test_the_command_line_says_so_in_one_line(folder):
     with Hub() as hub:
         hub.on_request = fault
-        result = call("from_the_command_line", folder, hub)
+        result = hub.call(__file__, "from_the_command_line", folder, check=False)
     assert result.returncode == 1
     line = result.stderr.strip().splitlines()[-1]
     assert line.startswith("trl-epo train: error: The push to someone/refused failed: ") and "401" in line
@@ -174,7 +165,7 @@ def test_the_command_line_says_so_in_one_line(folder):
 
 def test_no_completion_is_lost(folder):
     with Hub() as hub:
-        result = call("completions", folder, hub)
+        result = hub.call(__file__, "completions", folder, check=False)
         assert result.returncode == 0, result.stderr[-3000:]
         assert hub.unknown == []
         assert hub.repositories["datasets/someone/logs"].private

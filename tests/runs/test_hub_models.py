@@ -6,7 +6,6 @@ runs what it says and plays. The Hub is one on the loopback address.
 import faulthandler
 import json
 import re
-import subprocess
 import sys
 from contextlib import redirect_stderr, redirect_stdout
 from io import StringIO
@@ -14,7 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import Corridor, child_environment, make_model, make_tokenizer
+from conftest import Corridor, make_model, make_tokenizer
 from datasets import Dataset
 from faulty_runs import SETTINGS, say
 from hub_server import Hub, Repository
@@ -110,16 +109,6 @@ def use(folder: Path) -> None:
     say(json.dumps(told))
 
 
-def call(function: str, folder: Path, hub: Hub) -> str:
-    """Call a function of this file in a process for which `hub` is the Hub; what it prints."""
-    environment = child_environment(**hub.environment(folder / "cache"))
-    result = subprocess.run(
-        [sys.executable, __file__, function, str(folder)], env=environment, capture_output=True, text=True, check=False
-    )
-    assert result.returncode == 0, result.stderr[-3000:]
-    return result.stdout
-
-
 @pytest.fixture(scope="module")
 def hub(tmp_path_factory):
     folder = tmp_path_factory.mktemp("base")
@@ -144,7 +133,7 @@ def hub(tmp_path_factory):
 def pushed(hub, tmp_path_factory):
     """Where the models were trained."""
     folder = tmp_path_factory.mktemp("push")
-    call("push", folder, hub)
+    hub.call(__file__, "push", folder)
     assert hub.unknown == []
     return folder
 
@@ -153,7 +142,7 @@ def pushed(hub, tmp_path_factory):
 def used(hub, pushed, tmp_path_factory):
     """What a stranger has seen, and where."""
     folder = tmp_path_factory.mktemp("use")
-    return json.loads(call("use", folder, hub).splitlines()[-1]), folder
+    return json.loads(hub.call(__file__, "use", folder).stdout.splitlines()[-1]), folder
 
 
 def card(hub, name: str) -> ModelCard:

@@ -3,7 +3,7 @@ A Hub on the loopback address: the part of its HTTP interface by which `huggingf
 datasets, pushes folders and downloads them.
 
     with Hub() as hub:
-        subprocess.run([...], env=child_environment(**hub.environment(cache)))
+        hub.call(__file__, "train", folder)
         hub.files("someone/model")  # path -> content, after the last commit
 
 `huggingface_hub` reads the address when it is imported, so what talks to this Hub runs in a process of its own.
@@ -14,6 +14,8 @@ import hashlib
 import json
 import re
 import socket
+import subprocess
+import sys
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -23,6 +25,7 @@ from typing import Any
 from urllib.parse import parse_qs, unquote, urlsplit
 
 import yaml
+from conftest import child_environment
 
 
 USER = "someone"
@@ -97,6 +100,14 @@ class Hub:
     def __exit__(self, *exception) -> None:
         self._server.shutdown()
         self._server.server_close()
+
+    def call(self, file: str, function: str, folder: Path, check: bool = True) -> subprocess.CompletedProcess:
+        """Let a test file, run as a script, call one of its functions in a process for which this is the Hub."""
+        environment = child_environment(**self.environment(folder / "cache"))
+        command = [sys.executable, file, function, str(folder)]
+        result = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+        assert not check or result.returncode == 0, result.stderr[-3000:]
+        return result
 
     def environment(self, cache: Path) -> dict[str, str]:
         """Environment variables of a process that takes this for the Hub, and keeps what it downloads in a folder."""

@@ -52,14 +52,9 @@ class _Expert:
 
     def go_to(self, item: str) -> None:
         """Walks the shortest way to the room where `item` stands."""
-        exits = self.world.exits
-        paths = [[self.world.room]]
-        for path in paths:  # grows while it is walked through: breadth first
-            if item in self.world.furniture[path[-1]]:
-                for room in path[1:]:
-                    self.act(f"go to {room}")
-                return
-            paths += [[*path, room] for room in exits[path[-1]] if room not in path]
+        path = next(path for path in self.world.paths() if item in self.world.furniture[path[-1]])
+        for room in path[1:]:
+            self.act(f"go to {room}")
 
 
 def solution(world: World) -> list[str]:
@@ -105,14 +100,12 @@ class Searcher:
 
     def _search(self, of_things: bool) -> str | None:
         """Open what is closed here, else go towards the next room where something is left to see; `None` if nothing is."""
-        paths = [[self.world.room]]
-        for path in paths:  # breadth first
+        for path in self.world.paths():
             left = self._unopened(path[-1]) if of_things else []
             if len(path) == 1 and left:
                 return f"open {left[0]}"
             if left or path[-1] not in self.rooms:
                 return f"go to {path[1]}"
-            paths += [[*path, room] for room in self.world.exits[path[-1]] if room not in path]
         return None
 
     def _unopened(self, room: str) -> list[str]:

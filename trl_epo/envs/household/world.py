@@ -2,7 +2,7 @@
 
 import random
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -106,6 +106,13 @@ class World:
 
     def solved(self) -> bool:
         return all(map(self.done, self.goal))
+
+    def paths(self) -> Iterator[list[str]]:
+        """The rooms on the ways from the agent's, that one first and no room twice; the shortest ways first."""
+        paths = [[self.room]]
+        for path in paths:  # grows while it is walked through: breadth first
+            yield path
+            paths += [[*path, room] for room in self.exits[path[-1]] if room not in path]
 
     def canonical(self) -> str:
         """The world in an order that does not depend on how it was drawn."""
