@@ -311,6 +311,21 @@ def test_searching_expert_does_not_know_what_it_has_not_seen(house):
         assert first == (["open drawer"] * 3 if searching else ["open drawer", "open cabinet", "go to kitchen"])
 
 
+def test_lists_what_is_possible_now(house):
+    env = play(Household(list_actions=True), house)
+    observation, *_, info = env.step("open drawer")
+    assert observation == (
+        "The drawer is open; it holds a brass key. Possible now: go to kitchen, take book, take brass key, take mug."
+    )
+    assert info["admissible_actions"][1:3] == ["inventory", "look"]  # which always are
+    first, info = env.reset(seed=1)
+    assert all(action in first for action in info["admissible_actions"] if action not in ("inventory", "look"))
+    terminated = False
+    while not terminated:
+        observation, _, terminated, *_ = env.step(env.expert_action())
+        assert ("Possible now" in observation) is not terminated
+
+
 def test_expert_frees_the_right_hand(house):
     house.where = {"brass key": HANDS, "book": HANDS, "mug": "table"}
     env = play(Household(), house)

@@ -20,7 +20,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .base import TextEnv
+from .base import TextEnv, with_actions
 from .process import ProcessEnv, call_method
 
 
@@ -140,12 +140,14 @@ class LocalAlfWorld(TextEnv):
         game: str | os.PathLike | None = None,
         turns: int | None = 50,
         instructions: str | None = INSTRUCTIONS,
+        list_actions: bool = False,
     ):
         if turns is not None and turns < 1:
             raise ValueError(f"turns={turns!r}: expected at least 1, or None for no limit")
         self.game = game
         self.turns = turns
         self.instructions = instructions
+        self.list_actions = list_actions
         self._played: Any = None  # a `Game`
         self._loaded: Path | None = None  # its file
         self._running = False
@@ -166,7 +168,8 @@ class LocalAlfWorld(TextEnv):
         self._turn = 0
         self._plan = list(self._walkthrough)
         self._running = True
-        return observation, self._info(invalid_action=False)
+        info = self._info(invalid_action=False)
+        return self._listed(observation, info), info
 
     def step(self, action: str) -> tuple[str, float, bool, bool, dict[str, Any]]:
         if not self._running:
@@ -180,6 +183,8 @@ class LocalAlfWorld(TextEnv):
         truncated = not terminated and self._turn == self.turns
         self._running = not (terminated or truncated)
         info = self._info(invalid_action=observation == _NOT_UNDERSTOOD)
+        if self._running:
+            observation = self._listed(observation, info)
         return observation, float(terminated), terminated, truncated, info
 
     def expert_action(self) -> str:
@@ -208,6 +213,9 @@ class LocalAlfWorld(TextEnv):
         self._played = _new_game(contents)
         self._walkthrough = contents.get("walkthrough", [])
         self._loaded = game
+
+    def _listed(self, observation: str, info: dict[str, Any]) -> str:
+        return with_actions(observation, info["admissible_actions"]) if self.list_actions else observation
 
     def _info(self, invalid_action: bool) -> dict[str, Any]:
         info = {
@@ -248,6 +256,8 @@ class AlfWorld(ProcessEnv):
         turns: turns after which an episode is truncated; `None` for no limit. ALFWorld's evaluations, and the paper's,
             give 50.
         instructions: what the model is told to do; `None` for nothing.
+        list_actions: whether each observation ends with the actions that are possible now, as the paper's
+            agents are shown them.
 
     Raises:
         EnvironmentDied: From `reset` and `step`, if the process died. The episode is lost, the next reset starts another.
@@ -261,10 +271,11 @@ class AlfWorld(ProcessEnv):
         game: str | os.PathLike | None = None,
         turns: int | None = 50,
         instructions: str | None = INSTRUCTIONS,
+        list_actions: bool = False,
     ):
         LocalAlfWorld(game, turns)  # complains here, not in the process
         self.instructions = instructions
-        super().__init__(partial(LocalAlfWorld, game, turns))
+        super().__init__(partial(LocalAlfWorld, game, turns, list_actions=list_actions))
         self._game: str | None = None  # of the last reset
 
     def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[str, dict[str, Any]]:

@@ -3,6 +3,7 @@
 import random
 import string
 import textwrap
+from collections.abc import Sequence
 from typing import Any
 
 import gymnasium
@@ -76,12 +77,18 @@ class TextEnv(gymnasium.Env[str, str]):
     next action from whatever state it is in, or `expert_actions()`, all of them from the first observation on.
 
     By convention `"admissible_actions"` (`list[str]`) holds what may be done now, and where that is too much,
-    `"action_templates"` (`list[str]`) the forms of actions. Only the default prompt of a window shows them.
+    `"action_templates"` (`list[str]`) the forms of actions. The default prompt of a window shows them; in a transcript the model
+    sees them if the observation says them, see [`~trl_epo.envs.base.with_actions`].
     """
 
     observation_space = Text(max_length=MAX_OBSERVATION_LENGTH, min_length=0, charset=string.printable)
     action_space = Text(max_length=MAX_ACTION_LENGTH, min_length=0, charset=string.printable)
     instructions: str | None = None
+
+
+def with_actions(observation: str, actions: Sequence[str]) -> str:
+    """An observation that ends with what may be done now: `"… Possible now: go to study, take bowl."`"""
+    return f"{observation} Possible now: {', '.join(actions)}." if actions else observation
 
 
 def looks_like_gymnasium(env: Any) -> bool:

@@ -3,7 +3,7 @@
 import random
 from typing import TYPE_CHECKING, Any
 
-from ..base import TextEnv
+from ..base import TextEnv, with_actions
 from .expert import Searcher, solution
 from .world import MAX_TRIES, MIN_TURNS, SPLITS, Refusal, World, draw_world
 
@@ -26,6 +26,7 @@ clean THING (at the sink)
 heat THING (at the stove)
 An example of an answer: go to kitchen"""
 
+ALWAYS = ("inventory", "look")  # possible in every state
 _RANGES = {"rooms": (2, 8), "chores": (1, 3), "turns": (5, 50)}
 
 
@@ -59,6 +60,8 @@ class Household(TextEnv):
         searching_expert (`bool`, *optional*, defaults to `False`): Whether the expert has to look for things, as the
             agent does. An expert that knows where they are takes one as soon as it comes in, and who imitates it
             takes what is not there.
+        list_actions (`bool`, *optional*, defaults to `False`): Whether each observation ends with what is possible now, but
+            for `look` and `inventory`, which always are.
 
     The reward is 1.0 for the step that completes the goal, which ends the episode, else 0.0. `info` always has
     `"success"`, `"invalid_action"` (not understood, or not possible now), `"admissible_actions"` (sorted; all commands
@@ -83,8 +86,10 @@ class Household(TextEnv):
         split: str = "train",
         instructions: str | None = INSTRUCTIONS,
         searching_expert: bool = False,
+        list_actions: bool = False,
     ):
         self.instructions = instructions
+        self.list_actions = list_actions
         self.searching_expert = searching_expert
         self._knobs = {"rooms": rooms, "chores": chores, "turns": turns, "split": split}
         _check_knobs(self._knobs)
@@ -120,7 +125,7 @@ class Household(TextEnv):
             )
         self._world, self._plan, self._turns_left = world, plan, knobs["turns"]
         self._searcher = Searcher(world)
-        return f"{world.task_sentence()} {world.look()}", self._info(invalid_action=False)
+        return self._answer(f"{world.task_sentence()} {world.look()}", invalid_action=False)
 
     def step(self, action: str) -> tuple[str, float, bool, bool, dict[str, Any]]:
         """Carries out one command; any string is answered by a sentence and takes a turn."""
@@ -140,7 +145,8 @@ class Household(TextEnv):
         if success:
             self._turns_left = 0
             reply += " Your task is done."
-        return reply, float(success), success, truncated, self._info(invalid_action)
+        observation, info = self._answer(reply, invalid_action)
+        return observation, float(success), success, truncated, info
 
     def expert_action(self) -> str:
         """
@@ -158,14 +164,18 @@ class Household(TextEnv):
             raise RuntimeError("The episode is over: call reset() first.")
         return self._world
 
-    def _info(self, invalid_action: bool) -> dict[str, Any]:
+    def _answer(self, observation: str, invalid_action: bool) -> tuple[str, dict[str, Any]]:
+        actions = self._world.admissible() if self._turns_left else []
+        if self.list_actions:
+            observation = with_actions(observation, [action for action in actions if action not in ALWAYS])
         kinds = [chore.kind for chore in self._world.goal]
-        return {
+        info = {
             "success": self._world.solved(),
             "invalid_action": invalid_action,
-            "admissible_actions": self._world.admissible() if self._turns_left else [],
+            "admissible_actions": actions,
             "task": kinds[0] if kinds.count(kinds[0]) == len(kinds) else "mixed",
         }
+        return observation, info
 
 
 def tasks(split: str, size: int, rooms: int = 4, chores: int = 1, turns: int = 20, seed: int = 0) -> "Dataset":
