@@ -139,12 +139,12 @@ def make_model(tokenizer: PreTrainedTokenizerFast, context_length: int = 2048, *
     return LlamaForCausalLM(config)
 
 
-def make_household(instructions: str | None = None) -> TaskReminder:
+def make_household(instructions: str | None = None, **settings) -> TaskReminder:
     """
     The game, with the task repeated at the end of each observation. A policy that has learned the commands in a warm-up
     needs no instructions.
     """
-    return TaskReminder(household.Household(instructions=instructions))
+    return TaskReminder(household.Household(instructions=instructions, **settings))
 
 
 def repeated(rows: Dataset, size: int) -> Dataset:

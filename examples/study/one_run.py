@@ -29,6 +29,7 @@ from transformers import (
 
 sys.path.append(str(Path(__file__).parents[1]))
 from quickstart import DEMO_SETTINGS, WARM_UP_SETTINGS, game_text, make_household, make_model, make_tokenizer
+from shared import TaskReminder
 
 from trl_epo import EPOConfig, EPOTrainer
 from trl_epo.envs import household
@@ -87,7 +88,7 @@ class Run:
     def warm_folder(self) -> Path:
         """Holds the warm start, which all arms of a seed share."""
         regime = asdict(self.regime)
-        shared = {name: regime[name] for name in ("rooms", "chores", "turns", "panel_rows")}
+        shared = {name: regime[name] for name in ("rooms", "chores", "turns", "list_actions", "panel_rows")}
         shared |= {name: value for name, value in regime.items() if name.startswith("warm_up")}
         return self.output_dir / "warm" / f"{self.seed}-{_digest(shared, self.commit)}"
 
@@ -96,6 +97,9 @@ class Run:
         regime = self.regime
         knobs = {"rooms": regime.rooms, "chores": regime.chores, "turns": regime.turns}
         return household.tasks(split, size, **knobs, seed=10 * self.seed + what)
+
+    def make_env(self) -> TaskReminder:
+        return make_household(list_actions=self.regime.list_actions)
 
     def config(self, **settings) -> EPOConfig:
         regime = self.regime
@@ -108,6 +112,7 @@ class Run:
                 "max_turns": regime.turns,
                 "per_device_train_batch_size": regime.episodes,
                 "num_generations": regime.group,
+                "temperature": regime.temperature,
                 "learning_rate": regime.learning_rate,
                 "beta": regime.kl_weight,
                 "eval_strategy": "steps",
@@ -197,7 +202,7 @@ def warm_start(run: Run) -> dict[str, float]:
     set_seed(seed)
     rows = run.rows(1, "train", regime.warm_up_episodes)
     noise = regime.warm_up_noise
-    env = Demonstration(make_household(), environment_expert, noise=noise, draw=random.Random(seed))
+    env = Demonstration(run.make_env(), environment_expert, noise=noise, draw=random.Random(seed))
     tokenizer = make_tokenizer(game_text(env, rows))
     unfinished = run.warm_folder.with_name(run.warm_folder.name + ".unfinished")
     shutil.rmtree(unfinished, ignore_errors=True)
@@ -229,7 +234,7 @@ def _trainer(
         train_dataset=rows,
         eval_dataset=run.rows(3, "iid", run.regime.panel_rows),
         processing_class=tokenizer,
-        environment_factory=make_household,
+        environment_factory=run.make_env,
     )
 
 
