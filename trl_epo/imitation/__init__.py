@@ -1,0 +1,26 @@
+"""
+The warm-up: a policy learns to do what someone has shown, so that reinforcement learning starts from one that sometimes
+succeeds. Episodes are played with the trainer's own rules, limits and chat encoder while someone else says the actions, so
+that the tokens, prompts and masks are those of its rollouts.
+
+In come a trainer and dataset rows, chats or a run's folder (`sources.py`); out go episodes, and a trained model (`learning.py`). Open
+`demonstrations.py` first.
+"""
+
+from .demonstrations import DemonstratedEpisode, Demonstration, environment_expert
+from .learning import token_rows, warm_up
+from .sources import chat_episodes, expert_episodes, kept_episodes, read_chats, teacher_episodes
+
+
+__all__ = [
+    "DemonstratedEpisode",
+    "Demonstration",
+    "chat_episodes",
+    "environment_expert",
+    "expert_episodes",
+    "kept_episodes",
+    "read_chats",
+    "teacher_episodes",
+    "token_rows",
+    "warm_up",
+]

@@ -1,0 +1,244 @@
+"""Whom a policy imitates: an environment's expert, a teacher behind a chat endpoint, recorded chats, its own successes."""
+
+import json
+import math
+import os
+from collections.abc import Callable, Iterable
+from functools import partial
+from pathlib import Path
+from typing import Any
+from urllib.error import HTTPError, URLError
+from urllib.request import Request, urlopen
+
+import gymnasium
+import pyarrow.parquet as pq
+
+from ..envs import TextEnv
+from ..rollouts import (
+    Episode,
+    EpisodePlayer,
+    EpisodeStart,
+    PastTurn,
+    TurnView,
+    environment_options,
+    parse_tagged_action,
+)
+from ..text import shown
+from ..trainer import EPOTrainer
+from .demonstrations import Expert, Say, demonstrate, environment_expert, player_of, says, starts_of
+
+
+TEACHER_REQUESTS = 8  # at once
+
+Chat = list[dict[str, str]]
+
+
+def expert_episodes(
+    trainer: EPOTrainer,
+    rows: Iterable[dict[str, Any]],
+    expert: Expert = environment_expert,
+    noise: float = 0.0,
+    learn_mistakes: bool = False,
+    seed: int | None = None,
+) -> list[Episode]:
+    """
+    An expert plays each dataset row. Where the prompt asks for `<action>` tags, its actions stand in such.
+
+    Args:
+        trainer ([`EPOTrainer`]): Has the environments, and says what the model sees.
+        rows (`Iterable[dict]`): The dataset rows.
+        expert (`Callable`, *optional*): Given an environment that was just reset, returns a function of an observation and its
+            `info` that says the next action, or `None` for no more. By default the environment's own.
+        noise (`float`, *optional*, defaults to `0.0`): The share of actions that are mistakes; only for an expert that knows how
+            to go on from any state. A warm-up learns how the expert goes on from them. Half are drawn from
+            `info["admissible_actions"]`, half are actions that were admissible before and are not now.
+        learn_mistakes (`bool`, *optional*, defaults to `False`): The mistakes are learned too, and all are drawn from
+            `info["admissible_actions"]`: the policy then errs as often, and tries more.
+        seed (`int`, *optional*): Draws the mistakes; by default the trainer's.
+
+    Raises:
+        ValueError: If nothing can be imitated: the environment has no expert, all episodes fail, or no action fits.
+    """
+    if not 0.0 <= noise < 1.0:
+        raise ValueError(
+            f"`noise` is {noise}, but must be at least 0 and below 1: the share of actions that are mistakes."
+        )
+    player = player_of(trainer)
+    starts = starts_of(player, rows)
+    if expert is environment_expert and noise:
+        expert = _expert_that_plans_anew
+    form = "<action>{}</action>" if player.action_parser is parse_tagged_action else "{}"
+    seed = trainer.args.seed if seed is None else seed
+    experts = [expert] * len(starts)
+    return demonstrate(trainer, starts, experts, form=form, noise=noise, learn_mistakes=learn_mistakes, seed=seed)
+
+
+def _expert_that_plans_anew(env: gymnasium.Env) -> Say:
+    if not hasattr(env.unwrapped, "expert_action"):
+        raise ValueError(
+            f"`noise` wants an expert that can go on from any state, `expert_action()`, which {type(env.unwrapped).__name__} "
+            "does not have. Leave `noise` out."
+        )
+    return environment_expert(env)
+
+
+def teacher_episodes(
+    trainer: EPOTrainer,
+    rows: Iterable[dict[str, Any]],
+    url: str,
+    model: str | None = None,
+    api_key: str | None = None,
+    temperature: float | None = None,
+) -> list[Episode]:
+    """
+    A model behind an endpoint that speaks OpenAI's chat API plays each dataset row: it gets the messages that the policy
+    would get, and its answers are the policy's text. Not all of them will be successes.
+
+    Args:
+        trainer ([`EPOTrainer`]): Has the environments, and says what the model sees.
+        rows (`Iterable[dict]`): The dataset rows.
+        url (`str`): Of the endpoint, up to `/v1`.
+        model (`str`, *optional*): Its name there.
+        api_key (`str`, *optional*): By default `$OPENAI_API_KEY`, if it is set. No other token is sent.
+        temperature (`float`, *optional*): By default the trainer's.
+    """
+    player = player_of(trainer)
+    starts = starts_of(player, rows)
+    timeout = player.environments.timeout
+    ask = partial(
+        _ask,
+        f"{url.rstrip('/')}/chat/completions",
+        api_key or os.environ.get("OPENAI_API_KEY"),
+        None if math.isinf(timeout) else timeout,
+        model=model,
+        max_tokens=player.limits.max_turn_length,
+        temperature=trainer.args.temperature if temperature is None else temperature,
+    )
+    experts = [partial(_teacher, ask, player, start.prompt) for start in starts]
+    return demonstrate(trainer, starts, experts, at_once=TEACHER_REQUESTS)
+
+
+def _ask(url: str, api_key: str | None, timeout: float | None, messages: Chat, **settings) -> str:
+    body = {"messages": messages, **{name: value for name, value in settings.items() if value is not None}}
+    headers = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {api_key}"} if api_key else {})
+    request = Request(url, json.dumps(body).encode(), headers)
+    try:
+        with urlopen(request, timeout=timeout) as response:
+            answer = json.load(response)
+    except HTTPError as error:
+        raise RuntimeError(f"{url} answers {error.code}: {error.read(1000).decode(errors='replace')}") from error
+    except URLError as error:
+        raise RuntimeError(f"{url} cannot be reached: {error.reason}") from error
+    return answer["choices"][0]["message"]["content"] or ""
+
+
+def _teacher(ask: Callable[[Chat], str], player: EpisodePlayer, prompt: Chat, env: gymnasium.Env) -> Say:
+    past: list[PastTurn] = []
+    observations: list[str] = []
+
+    def say(observation: str, info: dict[str, Any]) -> str:
+        observations.append(observation)
+        history = tuple(past[max(0, len(past) - player.rules.context_turns) :])
+        view = TurnView(prompt, observations[0], len(past), history, observation, info)
+        text = ask(player.rules.messages(view, past))
+        past.append(PastTurn(observation, text, player.action_parser(text) or text))
+        return text
+
+    return say
+
+
+class RecordedChat(TextEnv):
+    """Says a chat's user messages again, whatever the actions."""
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        self._remaining = iter(options["observations"])
+        return next(self._remaining), {}
+
+    def step(self, action):
+        observation = next(self._remaining, None)
+        return observation or "", 0.0, observation is None, False, {"success": True}
+
+
+def chat_episodes(trainer: EPOTrainer, chats: Iterable[Chat | dict[str, Chat]]) -> list[Episode]:
+    """
+    Episodes from chats: messages, or dictionaries with the key `"messages"`. Those of the user are the observations, those of
+    the assistant the policy's text; what comes before the first user message is the prompt. They count as successes.
+
+    Raises:
+        ValueError: If a chat's messages do not take turns.
+    """
+    starts, experts = [], []
+    for number, chat in enumerate(chats):
+        messages = chat["messages"] if isinstance(chat, dict) else chat
+        roles = [message.get("role") for message in messages]
+        first = roles.index("user") if "user" in roles else len(roles)
+        turns = len(roles[first:]) // 2
+        if not turns or roles[first:][: 2 * turns] != ["user", "assistant"] * turns:
+            raise ValueError(
+                f"Chat {number} has messages of the roles {shown(roles)}, but from the first user message on user and "
+                "assistant must take turns."
+            )
+        texts = [message["content"] for message in messages[first:]]
+        options = {"observations": texts[0 : 2 * turns : 2]}
+        starts.append(EpisodeStart(messages[:first], 0, options))
+        experts.append(partial(_recorded, texts[1 : 2 * turns : 2]))
+    return demonstrate(trainer, starts, experts, factories={None: RecordedChat})
+
+
+def _recorded(texts: list[str], env: gymnasium.Env) -> Say:
+    return says(texts)
+
+
+def read_chats(path: str | os.PathLike) -> list[Chat | dict[str, Chat]]:
+    """Chats from a file with one JSON value a line."""
+    chats = []
+    for number, line in enumerate(Path(path).read_text().splitlines(), start=1):
+        if line.strip():
+            try:
+                chats.append(json.loads(line))
+            except json.JSONDecodeError as error:
+                raise ValueError(f"Line {number} of {path} is not JSON: {error}") from error
+    return chats
+
+
+def kept_episodes(trainer: EPOTrainer, run: str | os.PathLike, success: bool = True) -> list[Episode]:
+    """
+    The training episodes that a run has kept, played again in the trainer's environments: what the model wrote there is said
+    once more. The model may be another one, with another tokenizer.
+
+    Args:
+        trainer ([`EPOTrainer`]): Has the environments, and says what the model sees.
+        run (`str`): The run's folder, with parquet files below `episodes/`.
+        success (`bool`, *optional*, defaults to `True`): Only those that succeeded, and do so again.
+
+    Raises:
+        ValueError: If there are none.
+    """
+    player = player_of(trainer)
+    columns = ["mode", "environment", "seed", "options", "success", "stop_reason", "turns"]
+    kept = [
+        row
+        for path in sorted(Path(run, "episodes").rglob("*.parquet"))
+        for row in pq.read_table(path, columns=columns).to_pylist()
+        if row["mode"] == "train" and row["stop_reason"] != "failure" and row["turns"]
+    ]
+    wanted = [row for row in kept if row["success"] or not success]
+    if not wanted:
+        raise ValueError(
+            f"{run} has kept {len(kept)} episodes of training (episodes/**/*.parquet), {len(wanted)} of which are "
+            f"{'successes' if success else 'usable'}: there is nothing to imitate."
+        )
+    # What a row's prompt was is not kept with its episode
+    prompts = {
+        json.dumps(environment_options(row), sort_keys=True): row["prompt"]
+        for row in (trainer.train_dataset if "prompt" in (trainer.train_dataset.column_names or ()) else ())
+    }
+    rows = []
+    for row in wanted:
+        options = json.loads(row["options"] or "{}")
+        prompt = prompts.get(json.dumps(options, sort_keys=True))
+        rows.append({**options, "seed": row["seed"], "environment": row["environment"], "prompt": prompt})
+    experts = [partial(_recorded, [turn["text"] for turn in row["turns"]]) for row in wanted]
+    episodes = demonstrate(trainer, starts_of(player, rows), experts)
+    return [episode for episode in episodes if episode.success or not success]
