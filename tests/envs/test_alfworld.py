@@ -276,6 +276,17 @@ def test_replies_to_actions(rows):
 
 
 @needs_alfworld
+@pytest.mark.parametrize("make", [LocalAlfWorld, AlfWorld])
+def test_lists_what_is_possible_now(rows, make):
+    env, plain = make(rows[0]["game"], list_actions=True), LocalAlfWorld(rows[0]["game"])
+    actions = expert_actions(rows[0]["game"])
+    for told, bare in zip([env.reset(), *play(env, actions)], [plain.reset(), *play(plain, actions)], strict=True):
+        listed = f" Possible now: {', '.join(bare[-1]['admissible_actions'])}."
+        assert told[0] == bare[0] + (listed if len(told) == 2 or not told[2] else "")
+    env.close()
+
+
+@needs_alfworld
 def test_turn_limit_truncates(rows):
     env = LocalAlfWorld(rows[0]["game"], turns=2)
     env.reset()
