@@ -183,9 +183,7 @@ class LocalAlfWorld(TextEnv):
         truncated = not terminated and self._turn == self.turns
         self._running = not (terminated or truncated)
         info = self._info(invalid_action=observation == _NOT_UNDERSTOOD)
-        if self._running:
-            observation = self._listed(observation, info)
-        return observation, float(terminated), terminated, truncated, info
+        return self._listed(observation, info), float(terminated), terminated, truncated, info
 
     def expert_action(self) -> str:
         """
@@ -215,7 +213,8 @@ class LocalAlfWorld(TextEnv):
         self._loaded = game
 
     def _listed(self, observation: str, info: dict[str, Any]) -> str:
-        return with_actions(observation, info["admissible_actions"]) if self.list_actions else observation
+        """What the model reads: with what is possible now, if it is to be listed and the episode goes on."""
+        return with_actions(observation, info["admissible_actions"] if self.list_actions and self._running else ())
 
     def _info(self, invalid_action: bool) -> dict[str, Any]:
         info = {

@@ -7,13 +7,12 @@ In come a trainer and dataset rows, chats or a run's folder (`sources.py`); out 
 `demonstrations.py` first.
 """
 
-from .demonstrations import DemonstratedEpisode, Demonstration, environment_expert
+from .demonstrations import Demonstration, environment_expert
 from .learning import token_rows, warm_up
 from .sources import chat_episodes, expert_episodes, kept_episodes, read_chats, teacher_episodes
 
 
 __all__ = [
-    "DemonstratedEpisode",
     "Demonstration",
     "chat_episodes",
     "environment_expert",

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..base import TextEnv, with_actions
 from .expert import Searcher, solution
-from .world import MAX_TRIES, MIN_TURNS, SPLITS, Refusal, World, draw_world
+from .world import ALWAYS, MAX_TRIES, MIN_TURNS, SPLITS, Refusal, World, draw_world
 
 
 if TYPE_CHECKING:
@@ -26,7 +26,6 @@ clean THING (at the sink)
 heat THING (at the stove)
 An example of an answer: go to kitchen"""
 
-ALWAYS = ("inventory", "look")  # possible in every state
 _RANGES = {"rooms": (2, 8), "chores": (1, 3), "turns": (5, 50)}
 
 

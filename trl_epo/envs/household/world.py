@@ -40,6 +40,7 @@ THINGS = {  # what can be done to each thing besides carrying it
     "spoon": ("clean",),
 }
 KINDS = ("put", "clean", "heat")
+ALWAYS = ("inventory", "look")  # commands that are possible in every state
 APPLIANCES = {"clean": "sink", "heat": "stove"}
 ADJECTIVES = {"clean": "clean", "heat": "hot"}
 
@@ -152,7 +153,7 @@ class World:
     def admissible(self) -> list[str]:
         """All commands that `act` carries out now, sorted (`put … on` is only another spelling of `put … in`)."""
         carried = self.carried()
-        commands = ["inventory", "look", *(f"go to {room}" for room in self.exits[self.room])]
+        commands = [*ALWAYS, *(f"go to {room}" for room in self.exits[self.room])]
         within_reach = set()
         for item in self.furniture[self.room]:
             if item in self.locks:

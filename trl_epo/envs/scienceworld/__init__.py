@@ -9,13 +9,12 @@ classes several times (`java.py`), each with static variables of its own, and sp
 """
 
 from .environment import INSTRUCTIONS, SIMPLIFICATIONS, SPLITS, VARIATIONS, ScienceWorld, tasks
-from .java import SIMULATORS, SimulatorDied, SimulatorError, SimulatorGivenUp
+from .java import SimulatorDied, SimulatorError, SimulatorGivenUp
 
 
 __all__ = [
     "INSTRUCTIONS",
     "SIMPLIFICATIONS",
-    "SIMULATORS",
     "SPLITS",
     "VARIATIONS",
     "ScienceWorld",
