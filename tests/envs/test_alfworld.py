@@ -15,8 +15,7 @@ import psutil
 import pytest
 
 from trl_epo import check_env
-from trl_epo.envs.alfworld import TASKS, AlfWorld, LocalAlfWorld, expert_actions, tasks
-from trl_epo.envs.alfworld_games import make_game, write_games
+from trl_epo.envs.alfworld import TASKS, AlfWorld, LocalAlfWorld, expert_actions, make_game, tasks, write_games
 from trl_epo.envs.fork_server import PROCESS_NAME
 
 
@@ -164,7 +163,7 @@ def test_missing_package_names_the_remedy(listing, monkeypatch):
 
 
 def test_import_needs_no_alfworld():
-    code = "import sys, trl_epo.envs.alfworld_games; assert not {'alfworld', 'textworld'} & set(sys.modules)"
+    code = "import sys, trl_epo.envs.alfworld; assert not {'alfworld', 'textworld'} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True, timeout=300)
 
 

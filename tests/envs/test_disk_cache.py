@@ -9,7 +9,7 @@ import time
 import pytest
 from conftest import child_environment, wait_for
 
-from trl_epo.envs.disk_cache import LEFT_OVER, DiskCache
+from trl_epo.envs.alfworld.disk_cache import LEFT_OVER, DiskCache
 
 
 KEY, OTHER = "a" * 64, "b" * 64
@@ -51,7 +51,7 @@ def test_a_file_of_another_key_counts_for_nothing(cache):
 PROCESS = """
 import os, sys, time
 from pathlib import Path
-from trl_epo.envs import disk_cache
+from trl_epo.envs.alfworld import disk_cache
 
 folder, notes, die = Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3]
 

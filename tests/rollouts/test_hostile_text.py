@@ -411,8 +411,7 @@ def test_scienceworld_listens_on_the_loopback_address_only():
 
 def test_alfworld_listens_nowhere(tmp_path, monkeypatch):
     pytest.importorskip("alfworld", reason='needs pip install "trl-epo[alfworld]"')
-    from trl_epo.envs.alfworld import AlfWorld, tasks
-    from trl_epo.envs.alfworld_games import write_games
+    from trl_epo.envs.alfworld import AlfWorld, tasks, write_games
 
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     write_games(tmp_path, "train", 1)

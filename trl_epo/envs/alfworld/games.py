@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from .alfworld import GAME_FILE, RELEASE, check_names, folder_name, missing
+from .environment import GAME_FILE, RELEASE, check_names, folder_name, missing
 
 
 FURNITURE = {  # receptacle -> whether it opens
@@ -86,7 +86,7 @@ def make_game(task: str, seed: int | str) -> dict[str, Any]:
     receptacle (or lamp) the task is about.
 
     Args:
-        task: one of `trl_epo.envs.alfworld.TASKS`.
+        task: one of `TASKS`.
         seed: the same task and seed give the same game.
 
     Raises:

@@ -25,7 +25,7 @@ from textworld.envs.pddl import logic, textgen
 from textworld.generator.game import EntityInfo
 from textworld.logic import Rule, Type, TypeHierarchy
 
-from .alfworld_translation import translate, translate_anew, translate_for_planner
+from .translation import translate, translate_anew, translate_for_planner
 
 
 _NOT_UNDERSTOOD = "Nothing happens."

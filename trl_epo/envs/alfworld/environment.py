@@ -1,16 +1,5 @@
 """
-ALFWorld: household chores of six kinds in rooms of the ALFRED data set, as text. Needs
-`pip install "trl-epo[alfworld]"`, which compiles parts of TextWorld, and games: `alfworld-download` fetches ALFWorld's
-own, `trl_epo.envs.alfworld_games` makes small ones.
-
-    Your task is to: put a clean mug in shelf.
-    > go to countertop 1
-    You arrive at countertop 1. On the countertop 1, you see a mug 1, and a plate 2.
-    > take mug 1 from countertop 1
-    You pick up the mug 1 from the countertop 1.
-
-`alfworld_engine` plays a game. TextWorld's parsers keep state of their process and are not safe with threads, and the
-translator of PDDL takes standard output for itself, so that each `AlfWorld` has a process of its own.
+The environment ALFWorld: its rows, its contract, and the process in which a game is played.
 """
 
 import json
@@ -20,8 +9,8 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .base import TextEnv, with_actions
-from .process import ProcessEnv, call_method
+from ..base import TextEnv, with_actions
+from ..process import ProcessEnv, call_method
 
 
 if TYPE_CHECKING:
@@ -230,7 +219,7 @@ class LocalAlfWorld(TextEnv):
 
 def _new_game(contents: dict[str, Any]) -> Any:
     try:
-        from .alfworld_engine import Game
+        from .engine import Game
     except ImportError as error:
         raise missing(error.name or "fast_downward") from error
     return Game(contents)
@@ -263,7 +252,7 @@ class AlfWorld(ProcessEnv):
     """
 
     instructions: str | None = None  # without a process
-    _preload = "trl_epo.envs.alfworld_engine:prepare"
+    _preload = "trl_epo.envs.alfworld.engine:prepare"
 
     def __init__(
         self,
