@@ -202,7 +202,7 @@ class TestColumns:
         assert all(turn["prompt"].startswith("<|im_start|>user") and turn["entropies"] for turn in later)
 
     def test_scores_that_are_not_known(self, tmp_path, monkeypatch):
-        monkeypatch.setattr("trl_epo.seams.trl.unfit_for_cached_sampler", lambda model, longest_context: "a test")
+        monkeypatch.setattr("trl_epo.seams.sampling.unfit_for_cached_sampler", lambda model, longest_context: "a test")
         trainer = make_trainer(tmp_path, dataset=ROWS, max_steps=4, per_device_eval_batch_size=4)
         trainer.train()
         trainer.evaluate()

@@ -1,7 +1,7 @@
 """
 The private names of TRL, and of transformers' Trainer below it, that faults, checkpoints and resuming rely on.
 
-`FaultTolerantGRPOTrainer` is the lower half of `SeamedGRPOTrainer`; `SIGNATURES` and `ATTRIBUTES` are checked like those of
+`FaultTolerantGRPOTrainer` is the lower part of `SeamedGRPOTrainer`; `SIGNATURES` and `ATTRIBUTES` are checked like those of
 `trl.py`.
 """
 

@@ -11,17 +11,18 @@ from trl import GRPOTrainer
 from trl.generation.vllm_generation import VLLMGeneration
 from trl.trainer import utils as trl_utils
 
-from . import checkpoints, hub
+from . import checkpoints, hub, sampling
 from . import trl as trl_seams
 
 
 MODULES = {
     trl_seams.SeamedGRPOTrainer: trl_seams,
+    sampling.SamplingGRPOTrainer: sampling,
     checkpoints.FaultTolerantGRPOTrainer: checkpoints,
     hub.PushingGRPOTrainer: hub,
 }
-SIGNATURES = trl_seams.SIGNATURES | checkpoints.SIGNATURES | hub.SIGNATURES
-ATTRIBUTES = sorted({*trl_seams.ATTRIBUTES, *checkpoints.ATTRIBUTES, *hub.ATTRIBUTES})
+SIGNATURES = {name: parameters for module in MODULES.values() for name, parameters in module.SIGNATURES.items()}
+ATTRIBUTES = sorted({name for module in MODULES.values() for name in module.ATTRIBUTES})
 
 # What sources must say, in this order: (where, its source, parts, what it is for).
 SOURCES = (

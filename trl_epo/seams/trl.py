@@ -1,24 +1,21 @@
 """
-Every private name of TRL that this package relies on, and nothing else; those of faults and checkpoints are in
-`checkpoints.py`.
+Every private name of TRL that this package relies on, and nothing else; those of single turns are in `sampling.py`, those of
+faults and checkpoints in `checkpoints.py`, those of pushes in `hub.py`.
 
 `SeamedGRPOTrainer` turns them into a few methods with names of their own, which `EPOTrainer` overrides. The list
 `SIGNATURES` is checked against the installed TRL by `tests/seams/test_trl_seams.py`.
 """
 
-import math
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, closing, contextmanager, nullcontext
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
-from accelerate.utils import gather, is_peft_model, set_seed
+from accelerate.utils import gather
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
-from transformers import PreTrainedModel
 from transformers.integrations import TrackioCallback
 from transformers.utils import logging
-from trl.models import unwrap_model_for_generation
 from trl.trainer import grpo_trainer
 from trl.trainer import utils as trl_utils
 from trl.trainer.utils import RepeatSampler, pad
@@ -27,27 +24,10 @@ from ..batches import action_mask, equal_number_of_forwards, score_tokens
 from ..entropy import cut_share
 from ..reports import SAMPLING, SCORING, StepTimes
 from ..rollouts import PlayedBatch
-from ..runs import (
-    called_alone,
-    check_rollouts,
-    keep_output_precision,
-    optimizer_bytes_to_come,
-    set_timeout,
-    shards_with_zero3,
-)
-from ..sampling import (
-    CachedTurnSampler,
-    Footprint,
-    RequestTurnSampler,
-    TurnSampler,
-    make_logits_processors,
-    masked_attention,
-    unfit_for_cached_sampler,
-)
+from ..runs import check_rollouts, keep_output_precision, set_timeout, shards_with_zero3
 from ..text import printable_parts
-from .checkpoints import FaultTolerantGRPOTrainer
 from .replacing import replaced
-from .vllm import engine_turns, sync_weights
+from .sampling import SamplingGRPOTrainer
 
 
 logger = logging.get_logger(__name__)
@@ -76,14 +56,6 @@ SIGNATURES = {
     ),
     "_generate_and_score_completions": ("self", "inputs"),
     "_generate": ("self", "prompts"),
-    "_generate_single_turn": (
-        "self",
-        "prompt_ids",
-        "images",
-        "multimodal_fields",
-        "num_generations",
-        "has_tool_images",
-    ),
     "_calculate_rewards": ("self", "inputs", "prompts", "completions", "completion_ids_list"),
     "_prepare_inputs": ("self", "generation_batch"),
     "_get_train_sampler": ("self", "dataset"),
@@ -93,16 +65,12 @@ SIGNATURES = {
     "compute_loss": ("self", "model", "inputs", "return_outputs", "num_items_in_batch"),
     "log": ("self", "logs", "start_time"),
 }
-# Arguments of GRPOConfig that GRPOTrainer keeps as attributes and that make up the sampling distribution.
-SAMPLING_SETTINGS = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
 # Attributes that GRPOTrainer.__init__ sets and this module reads or sets.
 ATTRIBUTES = (
     "_entropy_bonus_enabled",
     "_metrics",
     "_step",
-    "_last_loaded_step",
     "_tokenizer",
-    "eos_token_ids",
     "rollout_func",
     "reward_funcs",
     "reward_func_names",
@@ -111,15 +79,10 @@ ATTRIBUTES = (
     "tools",
     "chat_template",
     "chat_template_kwargs",
-    "max_completion_length",
     "vllm_importance_sampling_clip_max",
     "vllm_importance_sampling_clip_min",
     "vllm_importance_sampling_mode",
     "mask_truncated_completions",
-    "temperature",
-    "generation_config",
-    "generation_kwargs",
-    "vllm_generation",
     "num_generations",
     "num_generations_eval",
 )
@@ -141,20 +104,6 @@ class ResumableRepeatSampler(RepeatSampler):
                 torch.randperm(self.num_samples, generator=self.generator)
 
 
-@contextmanager
-def _kept_casts(model: nn.Module) -> Iterator[None]:
-    """Let autocast keep what it casts of frozen weights too (an adapter's base); it does so if they want a gradient."""
-    weights = list(model.parameters()) if torch.is_autocast_enabled(next(model.parameters()).device.type) else []
-    frozen = [weight for weight in weights if not weight.requires_grad and weight.is_floating_point()]
-    for weight in frozen:
-        weight.requires_grad_(True)
-    try:
-        yield
-    finally:
-        for weight in frozen:
-            weight.requires_grad_(False)
-
-
 def head_tiles(device: torch.device) -> AbstractContextManager[None]:
     """While this context lasts, the forwards of TRL's fused head, and their backwards, use tiles that fit `device`."""
     if device.type != "cpu":
@@ -172,7 +121,7 @@ def _escaped_samples() -> AbstractContextManager[None]:
     return replaced(grpo_trainer, "print_prompt_completions_sample", print_sample)
 
 
-class SeamedGRPOTrainer(FaultTolerantGRPOTrainer):
+class SeamedGRPOTrainer(SamplingGRPOTrainer):
     """`GRPOTrainer` with its private seams under names of our own."""
 
     # Of the class, so that TRL's methods also work on a trainer that was made without `__init__`, as TRL's tests do.
@@ -262,47 +211,6 @@ class SeamedGRPOTrainer(FaultTolerantGRPOTrainer):
             "env_mask": self._played_batch.action_mask,
         }
 
-    def _prepare_vllm(self) -> None:
-        """Make a vLLM engine sample as the trainer's other generation does; called once."""
-        generation = self.vllm_generation
-        if self.args.vllm_enable_sleep_mode and not self._drives_engine:
-            logger.warning_once(
-                "With `vllm_enable_sleep_mode` vLLM sleeps after every turn of a text episode, and each waking costs a "
-                "weight sync and the prefix cache."
-            )
-        # The engine knows the end-of-turn tokens of the model's folder, whose tokenizer may not be the trainer's.
-        generation.generation_kwargs = {"stop_token_ids": self.eos_token_ids, **generation.generation_kwargs}
-        if self._drives_engine:
-            # TRL starts the engine with a seed of its own, which also seeds this process.
-            set_seed(self.args.seed, device_specific=True)
-
-    @property
-    def _drives_engine(self) -> bool:
-        """Whether turns go to a vLLM engine of this process alone, which goes on with some while others come and go."""
-        return self.use_vllm and self.vllm_mode == "colocate" and self.args.vllm_tensor_parallel_size == 1
-
-    @property
-    def _unfit_for_cached_sampler(self) -> str | None:
-        longest = self.model_context_length or math.inf
-        return unfit_for_cached_sampler(self._causal_lm(self.model), longest)
-
-    @property
-    def model_context_length(self) -> int | None:
-        """The longest context, in tokens, that the model takes; `None` if it has no bound. No episode has a longer one."""
-        return getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
-
-    @property
-    def context_length(self) -> int | None:
-        """The same of the model and, if there is one, the vLLM engine, as far as this process knows."""
-        bounds = [self.model_context_length]
-        if self.use_vllm:
-            bounds.append(self.args.vllm_max_model_length)
-            if self.vllm_mode == "colocate":
-                bounds.append(self.vllm_generation.llm.llm_engine.model_config.max_model_len)
-            elif self.accelerator.is_main_process:
-                bounds.append(self.vllm_generation.vllm_client.get_server_info()["model_config"]["max_model_len"])
-        return min((bound for bound in bounds if bound is not None), default=None)
-
     def set_played_batch(self, batch: PlayedBatch) -> None:
         """
         The completions of the current generation batch. Failed episodes get no reward at all; where there are `context_ids`
@@ -359,28 +267,6 @@ class SeamedGRPOTrainer(FaultTolerantGRPOTrainer):
             self._metrics["eval"].update(metrics)
 
     @contextmanager
-    def sampling_at(self, temperature: float | None) -> Iterator[None]:
-        """Sample at this temperature in here, with whatever backend; `None` changes nothing."""
-        before = self.temperature
-        self._set_temperature(before if temperature is None else temperature)
-        try:
-            yield
-        finally:
-            self._set_temperature(before)
-
-    @property
-    def sampling_temperature(self) -> float:
-        """At which text episodes are sampled now."""
-        return (self.args.generation_kwargs or {}).get("temperature", self.temperature)
-
-    def _set_temperature(self, temperature: float) -> None:
-        self.temperature = temperature
-        if self.use_vllm:
-            self.vllm_generation.temperature = temperature
-        elif "temperature" not in (self.args.generation_kwargs or {}):
-            self.generation_config.temperature = self.generation_kwargs["temperature"] = temperature
-
-    @contextmanager
     def capture_entropies(self) -> Iterator[list[Tensor]]:
         """Collect the token entropies, with gradient, that the loss computes inside this context."""
         self._captured_entropies = []
@@ -388,99 +274,6 @@ class SeamedGRPOTrainer(FaultTolerantGRPOTrainer):
             yield self._captured_entropies
         finally:
             self._captured_entropies = None
-
-    @contextmanager
-    def turn_sampler(self, longest_context: float = math.inf) -> Iterator[TurnSampler]:
-        """
-        A sampler over the current weights, for contexts of up to so many tokens as far as is known; the model is in evaluation
-        mode meanwhile.
-        """
-        was_training = self.model.training
-        by_request = self.use_vllm or self.use_transformers_continuous_batching
-        unfit = None if by_request else self._unfit_for_cached_sampler
-        if by_request or unfit:
-            if unfit:
-                logger.warning_once(f"Each turn of a text episode reads its whole transcript again: {unfit}.")
-            self.model.eval()
-            try:
-                if self.use_vllm:
-                    self._sync_vllm()
-                with self._request_sampler(None if by_request else self._footprint.requests) as sampler:
-                    yield sampler
-            finally:
-                self.model.train(was_training)
-            return
-        with (
-            unwrap_model_for_generation(
-                self.model_wrapped,
-                self.accelerator,
-                gather_deepspeed3_params=self.args.ds3_gather_for_generation,
-                gradient_checkpointing_kwargs=self.args.gradient_checkpointing_kwargs,
-            ) as model,
-            called_alone(self.model_wrapped),
-            masked_attention(self._causal_lm(self.model)),
-            self.accelerator.autocast(),  # around all forwards, so that it casts each weight once
-            _kept_casts(model),
-        ):
-            model.eval()
-            settings = {name: getattr(self, name) for name in SAMPLING_SETTINGS} | (self.args.generation_kwargs or {})
-            try:
-                sampler = CachedTurnSampler(
-                    model,
-                    eos_token_ids=self.eos_token_ids,
-                    pad_token_id=self._tokenizer.pad_token_id,
-                    temperature=settings["temperature"],
-                    processors=make_logits_processors(self.accelerator.device, **settings),
-                    tells_entropies=not was_training and self.args.keep_episodes > 0,
-                    longest_context=longest_context,
-                    bytes_to_come=optimizer_bytes_to_come(self.accelerator),
-                )
-                with closing(sampler):
-                    yield sampler
-            finally:
-                model.train(was_training)
-
-    def _sync_vllm(self) -> None:
-        """Every process at once, also one that will have nothing to ask."""
-        has_no_weights = self.vllm_mode == "colocate" and self.vllm_generation._llm_weights_sleeping
-        if self.state.global_step != self._last_loaded_step or has_no_weights:
-            sync_weights(self.vllm_generation)
-            self._last_loaded_step = self.state.global_step
-
-    @contextmanager
-    def _request_sampler(self, together: Callable[[list[int], int], list[list[int]]] | None) -> Iterator[TurnSampler]:
-        """A sampler whose turns are requests. vLLM and continuous batching bound their cache themselves: `together` is `None`."""
-        if self._drives_engine:
-            with engine_turns(self.vllm_generation, self.accelerator.device) as sampler:
-                yield sampler
-            return
-        with nullcontext() if self.use_vllm else called_alone(self.model_wrapped):
-            yield RequestTurnSampler(self._generate_request, together)
-
-    @property
-    def learns_prompts(self) -> bool:
-        """Whether an adapter puts virtual tokens before the prompt."""
-        return is_peft_model(self.model) and self.model.active_peft_config.is_prompt_learning
-
-    def _causal_lm(self, model) -> PreTrainedModel:
-        model = self.accelerator.unwrap_model(model)
-        return model.get_base_model() if is_peft_model(model) else model
-
-    @property
-    def _footprint(self) -> Footprint:
-        model = self._causal_lm(self.model)
-        dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(self.accelerator.mixed_precision, model.dtype)
-        return Footprint.of(model.config.get_text_config(), dtype)
-
-    def _generate_request(
-        self, prompts: list[list[int]], max_new_tokens: int
-    ) -> tuple[list[list[int]], list[list[float]] | None]:
-        if self.use_vllm:
-            self.vllm_generation.max_completion_length = max_new_tokens
-        else:
-            self.generation_config.max_new_tokens = max_new_tokens
-        # Each episode asks for its own next turn: one generation a prompt.
-        return self._generate_single_turn(prompts, None, {}, num_generations=1)
 
     # TRL's methods
 
@@ -577,13 +370,6 @@ class SeamedGRPOTrainer(FaultTolerantGRPOTrainer):
         )
         num_cut, num_tokens = self.accelerator.reduce(counts, reduction="sum").tolist()
         self.add_metrics({"sampling/importance_sampling_ratio/cut": num_cut / max(num_tokens, 1)})
-
-    def _generate_single_turn(self, *args, **kwargs):
-        was_training = self.model.training
-        try:
-            return super()._generate_single_turn(*args, **kwargs)
-        finally:
-            self.model.train(was_training)  # TRL's continuous batching leaves it in training mode
 
     def _generate(self, prompts):
         # Of played episodes TRL decodes the tokens once more; as chats it would look for tool calls in them.
