@@ -326,6 +326,20 @@ def test_lists_what_is_possible_now(house):
         assert ("Possible now" in observation) is not terminated
 
 
+def test_repeats_the_task(house):
+    env = play(Household(repeat_task=True, list_actions=True), house)
+    observation, *_ = env.step("inventory")
+    task = house.task_sentence()
+    assert f" {task} Possible now: " in observation
+    first, _ = env.reset(seed=1)
+    task = first[first.index("Your task") : first.index(" Possible now")]
+    assert first.count("Your task") == 1 and not first.startswith(task)
+    terminated = False
+    while not terminated:
+        observation, _, terminated, *_ = env.step(env.expert_action())
+        assert (f" {task} Possible now: " in observation) is not terminated
+
+
 def test_expert_frees_the_right_hand(house):
     house.where = {"brass key": HANDS, "book": HANDS, "mug": "table"}
     env = play(Household(), house)

@@ -61,6 +61,8 @@ class Household(TextEnv):
             takes what is not there.
         list_actions (`bool`, *optional*, defaults to `False`): Whether each observation ends with what is possible now, but
             for `look` and `inventory`, which always are.
+        repeat_task (`bool`, *optional*, defaults to `False`): Whether each observation says the task, after the rest of it
+            but before what is possible; else only the first one does, at its beginning.
 
     The reward is 1.0 for the step that completes the goal, which ends the episode, else 0.0. `info` always has
     `"success"`, `"invalid_action"` (not understood, or not possible now), `"admissible_actions"` (sorted; all commands
@@ -86,9 +88,11 @@ class Household(TextEnv):
         instructions: str | None = INSTRUCTIONS,
         searching_expert: bool = False,
         list_actions: bool = False,
+        repeat_task: bool = False,
     ):
         self.instructions = instructions
         self.list_actions = list_actions
+        self.repeat_task = repeat_task
         self.searching_expert = searching_expert
         self._knobs = {"rooms": rooms, "chores": chores, "turns": turns, "split": split}
         _check_knobs(self._knobs)
@@ -124,7 +128,8 @@ class Household(TextEnv):
             )
         self._world, self._plan, self._turns_left = world, plan, knobs["turns"]
         self._searcher = Searcher(world)
-        return self._answer(f"{world.task_sentence()} {world.look()}", invalid_action=False)
+        first = world.look() if self.repeat_task else f"{world.task_sentence()} {world.look()}"
+        return self._answer(first, invalid_action=False)
 
     def step(self, action: str) -> tuple[str, float, bool, bool, dict[str, Any]]:
         """Carries out one command; any string is answered by a sentence and takes a turn."""
@@ -165,6 +170,8 @@ class Household(TextEnv):
 
     def _answer(self, observation: str, invalid_action: bool) -> tuple[str, dict[str, Any]]:
         actions = self._world.admissible() if self._turns_left else []
+        if self.repeat_task and self._turns_left:
+            observation = f"{observation} {self._world.task_sentence()}"
         if self.list_actions:
             observation = with_actions(observation, [action for action in actions if action not in ALWAYS])
         kinds = [chore.kind for chore in self._world.goal]
