@@ -18,9 +18,10 @@ from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
+import gymnasium
 from datasets import Dataset, concatenate_datasets
 from quickstart import DEMO_SETTINGS, WARM_UP_SETTINGS, game_text, make_model, make_tokenizer
-from shared import TaskReminder, train_between_panels
+from shared import train_between_panels
 from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
 from trl import TrlParser
 
@@ -58,14 +59,18 @@ SETTINGS = {
 }
 
 
-class AlfWorldReminder(TaskReminder):
-    """Finds the task in ALFWorld's first observation, and leaves the welcome out."""
+class AlfWorldReminder(gymnasium.Wrapper):
+    """Ends every observation with the task, as the paper's prompts do, and leaves the welcome out."""
 
     def reset(self, *, seed=None, options=None):
         observation, info = self.env.reset(seed=seed, options=options)
         _, place, task = observation.split("\n\n")
         self.task = task.strip().removesuffix(".")
         return f"{place} {self.task}.", info
+
+    def step(self, action):
+        observation, *rest = self.env.step(action)
+        return f"{observation} {self.task}.", *rest
 
 
 def make_alfworld(turns: int) -> AlfWorldReminder:

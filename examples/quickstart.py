@@ -22,7 +22,7 @@ from dataclasses import dataclass, field
 from functools import partial
 
 from datasets import Dataset
-from shared import TaskReminder, train_between_panels
+from shared import train_between_panels
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
     AutoModelForCausalLM,
@@ -139,12 +139,12 @@ def make_model(tokenizer: PreTrainedTokenizerFast, context_length: int = 2048, *
     return LlamaForCausalLM(config)
 
 
-def make_household(instructions: str | None = None, **settings) -> TaskReminder:
+def make_household(instructions: str | None = None, **settings) -> household.Household:
     """
     The game, with the task repeated at the end of each observation. A policy that has learned the commands in a warm-up
     needs no instructions.
     """
-    return TaskReminder(household.Household(instructions=instructions, **settings))
+    return household.Household(instructions=instructions, repeat_task=True, **settings)
 
 
 def repeated(rows: Dataset, size: int) -> Dataset:

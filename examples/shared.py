@@ -11,7 +11,6 @@ from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
 
-import gymnasium
 import torch
 from datasets import Dataset
 from peft import LoraConfig, load_peft_weights, set_peft_model_state_dict
@@ -109,19 +108,6 @@ def train_pretrained(
         trainer.model.save_pretrained(folder)
     set_peft_model_state_dict(trainer.model, load_peft_weights(str(folder)))
     train_between_panels(trainer, name, start)
-
-
-class TaskReminder(gymnasium.Wrapper):
-    """Ends every observation with the task, the first sentence of the first one; the paper's prompts repeat it too."""
-
-    def reset(self, *, seed=None, options=None):
-        observation, info = self.env.reset(seed=seed, options=options)
-        self.task, place = observation.split(". ", 1)
-        return f"{place} {self.task}.", info
-
-    def step(self, action):
-        observation, *rest = self.env.step(action)
-        return f"{observation} {self.task}.", *rest
 
 
 def train_between_panels(trainer: EPOTrainer, environment: str, start: float) -> dict:

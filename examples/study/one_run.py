@@ -29,7 +29,6 @@ from transformers import (
 
 sys.path.append(str(Path(__file__).parents[1]))
 from quickstart import DEMO_SETTINGS, WARM_UP_SETTINGS, game_text, make_household, make_model, make_tokenizer
-from shared import TaskReminder
 
 from trl_epo import EPOConfig, EPOTrainer
 from trl_epo.envs import household
@@ -98,7 +97,7 @@ class Run:
         knobs = {"rooms": regime.rooms, "chores": regime.chores, "turns": regime.turns}
         return household.tasks(split, size, **knobs, seed=10 * self.seed + what)
 
-    def make_env(self) -> TaskReminder:
+    def make_env(self) -> household.Household:
         return make_household(list_actions=self.regime.list_actions)
 
     def config(self, **settings) -> EPOConfig:

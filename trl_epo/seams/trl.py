@@ -15,7 +15,6 @@ from accelerate.utils import gather
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from transformers.integrations import TrackioCallback
-from transformers.utils import logging
 from trl.trainer import grpo_trainer
 from trl.trainer import utils as trl_utils
 from trl.trainer.utils import RepeatSampler, pad
@@ -29,8 +28,6 @@ from ..text import printable_parts
 from .replacing import replaced
 from .sampling import SamplingGRPOTrainer
 
-
-logger = logging.get_logger(__name__)
 
 # Name of each GRPOTrainer method that is overridden or called -> its parameters.
 SIGNATURES = {
@@ -70,7 +67,6 @@ ATTRIBUTES = (
     "_entropy_bonus_enabled",
     "_metrics",
     "_step",
-    "_tokenizer",
     "rollout_func",
     "reward_funcs",
     "reward_func_names",
