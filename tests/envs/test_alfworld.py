@@ -286,8 +286,8 @@ def test_lists_what_is_possible_now(rows, make):
 
 
 @needs_alfworld
-def test_says_the_task_in_each_observation_before_what_is_possible(rows, make):
-    env, plain = (make(rows[0]["game"], list_actions=True, repeat_task=repeat) for repeat in (True, False))
+def test_says_the_task_in_each_observation_before_what_is_possible(rows):
+    env, plain = (AlfWorld(rows[0]["game"], list_actions=True, repeat_task=repeat) for repeat in (True, False))
     actions = expert_actions(rows[0]["game"])
     (first, _), (bare, _) = env.reset(), plain.reset()
     assert first == bare  # it ends with the task
