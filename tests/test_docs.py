@@ -119,7 +119,7 @@ def flags_of(script):
                 cli.main([script, "--help" if script == "view" else "--help-all"])
     finally:
         sys.argv, sys.path[:] = argv, path
-    return {flag.replace("-", "_") for flag in re.findall(r"--[\w-]+", out.getvalue())}
+    return {flag.replace("-", "_") for flag in ("--help-all", *re.findall(r"--[\w-]+", out.getvalue()))}
 
 
 def commands(page):

@@ -37,7 +37,7 @@ class TestModel:
     @pytest.mark.parametrize("context", ["transcript", "window"])
     def test_turn_by_turn(self, folder, context):
         episode, lines = shown(folder, settings={"context": context}, seed=3)
-        assert lines[0] == episode.first_observation
+        assert lines[:2] == ["At most 4 turns of 5 tokens, temperature 1.", episode.first_observation]
         assert sum(line.startswith("> ") for line in lines) == len(episode.turns)
         assert [turn.starts_context for turn in episode.turns[1:]] == [context == "window"] * len(episode.turns[1:])
         for turn in episode.turns:
@@ -75,7 +75,7 @@ class TestModel:
             def reset(self, **kwargs):
                 return "\x1b]0;title\x07", super().reset(**kwargs)[1]
 
-        assert shown(folder, factory=Rude, seed=3)[1][0] == r"\x1b]0;title\x07"
+        assert shown(folder, factory=Rude, seed=3)[1][1] == r"\x1b]0;title\x07"
 
     def test_an_environment_that_fails(self, folder):
         class Broken(Corridor):
@@ -148,5 +148,5 @@ class TestModelCard:
 
     def test_the_command_where_its_settings_are(self, tmp_path, tokenizer):
         (tmp_path / "run").mkdir()
-        (tmp_path / "run" / "trl_epo.json").write_text("{}")
+        (tmp_path / "run" / "trl_epo.json").write_text('{"environment": "household"}')
         assert card(tmp_path, tokenizer, Corridor) == f"bash\ntrl-epo play {tmp_path / 'run'}\n"

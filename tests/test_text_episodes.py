@@ -494,6 +494,22 @@ class TestBadInput:
         with pytest.raises(ValueError, match="Picky could not be reset.*no such house.*check_env"):
             make_trainer(tmp_path, tokenizer, Picky)
 
+    def test_a_plain_class_that_plays_episodes(self, tmp_path, tokenizer):
+        class Plain:
+            def reset(self, seed=None):
+                return "Guess."
+
+            def step(self, action):
+                return "No.", 0.0, False, False, {}
+
+        with pytest.raises(ValueError, match="Plain has a `step` but is no `gymnasium.Env`.*derive it from"):
+            make_trainer(tmp_path, tokenizer, Plain)
+
+    def test_an_environment_in_place_of_what_makes_it(self, tmp_path, tokenizer):
+        for factory in (Corridor(), {"corridor": Corridor()}):
+            with pytest.raises(TypeError, match="is a Corridor, but must make one: pass the class"):
+                make_trainer(tmp_path, tokenizer, factory)
+
     def test_environment_whose_observation_is_no_text(self, tmp_path, tokenizer):
         class Grid(gymnasium.Env):
             def reset(self, *, seed=None, options=None):

@@ -107,11 +107,64 @@ class TestDropIn:
         with pytest.raises(TypeError, match="GRPOConfig, but must be an `EPOConfig`"):
             train(tmp_path, tokenizer, config_class=GRPOConfig)
 
-    def test_no_reward_is_refused_as_in_trl(self, tmp_path, tokenizer):
-        with pytest.raises(ValueError, match="No reward source"):
+    def test_no_reward_is_refused(self, tmp_path, tokenizer):
+        with pytest.raises(ValueError, match="neither `reward_funcs` nor an `environment_factory`"):
             EPOTrainer(
                 make_model(), args=EPOConfig(str(tmp_path)), train_dataset=dataset(), processing_class=tokenizer
             )
+
+    def test_a_dataset_without_prompts_is_refused_at_once(self, tmp_path, tokenizer):
+        for rows in (
+            Dataset.from_dict({"question": ["a"]}),
+            Dataset.from_dict({"question": ["a"]}).to_iterable_dataset(),
+        ):
+            with pytest.raises(ValueError, match=r"columns \['question'\], but needs `prompt`"):
+                EPOTrainer(make_model(), reward, EPOConfig(str(tmp_path), **BASE), rows, processing_class=tokenizer)
+
+    @pytest.mark.parametrize("rewards", [0.5, None, "good", ["good"] * 4, [[1.0]] * 4], ids=str)
+    def test_rewards_that_are_no_numbers(self, tmp_path, tokenizer, rewards):
+        def broken(completions, **kwargs):
+            return rewards
+
+        args = EPOConfig(str(tmp_path), **{**BASE, "gradient_accumulation_steps": 1})
+        trainer = EPOTrainer(make_model(), [reward, broken], args, dataset(), processing_class=tokenizer)
+        with pytest.raises(TypeError, match="'broken' gave .* a list with a number, or None, for each of the 4"):
+            trainer.train()
+
+    def test_rewards_of_all_kinds_that_trl_takes(self, tmp_path, tokenizer):
+        import numpy
+
+        kinds = {
+            "array": lambda number: numpy.ones(number, dtype=numpy.float32),
+            "tensor": torch.ones,
+            "mixed": lambda number: (
+                one for one in [True, 1, numpy.float64(1), torch.tensor(1.0), *[1.0] * number][:number]
+            ),
+            "none": lambda number: [None] * (number - 1) + [1],
+        }
+        functions = []
+        for name, make in kinds.items():
+
+            def function(completions, make=make, **kwargs):
+                return make(len(completions))
+
+            function.__name__ = name
+            functions.append(function)
+
+        async def awaited(completions, **kwargs):
+            return [1.0] * len(completions)
+
+        args = EPOConfig(str(tmp_path), **{**BASE, "max_steps": 1})
+        trainer = EPOTrainer(make_model(), [*functions, awaited], args, dataset(), processing_class=tokenizer)
+        trainer.train()
+        for name in [*kinds, "awaited"]:
+            assert logged(trainer, f"rewards/{name}/mean") == [1.0]
+
+    def test_settings_of_text_episodes_are_told(self, tmp_path, tokenizer, caplog):
+        train(tmp_path, tokenizer, max_turns=3, invalid_action_penalty=0.1, max_steps=1)
+        assert "`max_turns=3`, `invalid_action_penalty=0.1`: for text episodes only, and ignored" in caplog.text
+        with pytest.raises(ValueError, match="^`context='window'`: for text episodes only"):
+            train(tmp_path, tokenizer, context="window")
 
     def test_evaluation_and_callbacks(self, tmp_path, tokenizer):
         from transformers import TrainerCallback
@@ -155,6 +208,11 @@ class TestDropIn:
         changed = {name for name, p in trainer.model.named_parameters() if not torch.equal(p, before[name])}
         assert changed == {name for name in before if "lora_" in name}
         assert (tmp_path / "checkpoint-3" / "adapter_model.safetensors").exists()
+        for folder in (tmp_path, tmp_path / "elsewhere"):
+            trainer.save_model(str(folder))
+            card = (folder / "README.md").read_text()
+            assert "base_model" not in card  # PEFT's card would name a folder
+            assert "- trl-epo: " in card
 
 
 def test_fewer_rows_than_a_batch_takes(tmp_path, tokenizer):

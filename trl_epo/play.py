@@ -13,7 +13,7 @@ from accelerate.utils import set_seed
 from datasets import Dataset
 
 from .config import EPOConfig
-from .rollouts import ChatEncoder, EnvironmentPool, Episode, environment_options, play_episodes
+from .rollouts import ChatEncoder, EnvironmentPool, Episode, Limits, environment_options, play_episodes
 from .sampling import Sample, TurnSampler
 from .saved import is_adapter, load_adapter
 from .text import printable
@@ -150,6 +150,7 @@ def play_row(
     )
     set_seed(seed)
     with closing(pool), trainer.sampling_at(temperature), trainer.turn_sampler() as sampler:
+        show(_limits(player.limits, trainer.sampling_temperature))
         shown = cast(TurnSampler, _ShownSampler(sampler, player.rules.chat, show))  # all that is asked of it here
         (episode,) = play_episodes([start], pool, player.rules, shown, player.limits, player.action_parser)
     if episode.failed:
@@ -195,6 +196,10 @@ def play_yourself(
     success = info.get("success")
     show(_verdict(num_turns, success, total, ended))
     return success
+
+
+def _limits(limits: Limits, temperature: float) -> str:
+    return f"At most {limits.max_turns} turns of {limits.max_turn_length} tokens, temperature {temperature:g}."
 
 
 def _verdict(num_turns: int, success: bool | None, total: float, why: str) -> str:

@@ -23,6 +23,7 @@ from .reports import (
     enough_played,
     episode_metrics,
     evaluation_metrics,
+    keep_limits,
     show_episodes,
     show_progress,
 )
@@ -65,6 +66,8 @@ class ReportingTrainer(SeamedGRPOTrainer):
 
     def train(self, *args, **kwargs):
         if self._player is not None:
+            if self.is_world_process_zero():
+                keep_limits(self.args, Path(self.args.output_dir))
             self._player.begin_training()
             self._keeper.begin_training()
             self._diagnosis.load_state_dict({})
@@ -181,6 +184,11 @@ class ReportingTrainer(SeamedGRPOTrainer):
                 example=self._keeper.example(step),
             )
         complete_model_card(path, facts)
+
+    def complete_saved_model(self, folder: Path) -> None:
+        if self._player is not None:
+            keep_limits(self.args, folder)
+        super().complete_saved_model(folder)
 
     # Checkpoints
 

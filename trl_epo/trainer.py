@@ -27,6 +27,8 @@ from .rollouts import (
     check_first_row,
     check_num_rows,
     check_other_arguments,
+    check_prompt_column,
+    check_reward_is_given,
     check_text_episode_arguments,
     episode_return,
     episode_reward_weights,
@@ -88,8 +90,9 @@ class EPOTrainer(ReportingTrainer):
             overflows, to [`~trl_epo.rollouts.contexts.describe_turn`].
 
     Raises:
-        TypeError: If `args` is not an [`EPOConfig`].
-        ValueError: If the environment does not keep to the contract, or the tokenizer has no chat template.
+        TypeError: If `args` is not an [`EPOConfig`], or an environment is given in place of what makes it.
+        ValueError: If there is neither a reward nor an environment, the environment does not keep to the contract, or the
+            tokenizer has no chat template.
     """
 
     _tag_names = ["trl", "epo"]
@@ -122,6 +125,7 @@ class EPOTrainer(ReportingTrainer):
             raise TypeError(f"`args` is a {type(args).__name__}, but must be an `EPOConfig` (from trl_epo).")
         self._critic: Critic | None = None
 
+        check_reward_is_given(reward_funcs, environment_factory)
         environments = make_environment_pool(environment_factory, args.env_timeout)
         if environments is not None:
             weakref.finalize(self, environments.close)  # also if what follows raises
@@ -131,6 +135,7 @@ class EPOTrainer(ReportingTrainer):
             first_row = check_first_row(environments, train_dataset, args.max_observation_length)
         else:
             check_other_arguments(args, prompt_builder)
+            check_prompt_column(train_dataset)
         set_defaults(args, plays_text=environments is not None)
         own_reward = environments is not None and not reward_funcs
         reward_weights = args.reward_weights

@@ -8,10 +8,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import child_environment
+from conftest import PATIENT_RUN, child_environment, make_model
 from safetensors.torch import load_file
 
-from trl_epo import cli
+from trl_epo import EPOConfig, EPOTrainer, cli
+from trl_epo.envs.household import Household
 
 
 SMALL = Path(__file__).parents[2] / "examples" / "configs" / "household-small.yaml"
@@ -87,6 +88,26 @@ class TestPlay:
         assert "Your task:" in out
         assert "Possible: " in out
         assert "No success after 1 turn (the end of the input)" in out
+
+    def test_a_run_in_python_keeps_its_limits(self, capsys, tmp_path, monkeypatch, tokenizer):
+        """The environment has to be said again."""
+        run, here = tmp_path / "run", tmp_path / "here"
+        here.mkdir()
+        monkeypatch.chdir(here)
+        settings = {**PATIENT_RUN, "max_steps": 1, "per_device_train_batch_size": 2, "num_generations": 2}
+        trainer = EPOTrainer(
+            make_model(context_length=4096),
+            args=EPOConfig(str(run), max_turns=2, max_turn_length=3, **settings),
+            processing_class=tokenizer,
+            environment_factory=Household,
+        )
+        trainer.train()
+        trainer.save_model()
+        assert "No environment is named in trl_epo.json" in refused(capsys, "play", run)
+        out = main(capsys, "play", run, "--environment", "household")
+        assert out.startswith("At most 2 turns of 3 tokens, temperature 1.\n")
+        assert "after 2 turns (max_turns)" in out
+        assert list(here.iterdir()) == []
 
     def test_mistakes(self, capsys, model_folder):
         flags = ("play", model_folder, "--config", SMALL)

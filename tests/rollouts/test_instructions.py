@@ -66,12 +66,13 @@ def test_without_a_system_role_they_begin_the_first_user_message(tmp_path, templ
         assert text.startswith(f"<|im_start|>user\n{TOLD}\n\nYou are at ")
 
 
-def test_the_prompt_of_a_row_is_used_as_it_is(tmp_path, tokenizer):
+def test_the_prompt_of_a_row_is_used_as_it_is(tmp_path, tokenizer, caplog):
     own = [{"role": "system", "content": "Be quick."}]
     dataset = Dataset.from_dict({"prompt": [own, [], None, own]})
     found = [
         messages for messages, _ in prompts(tmp_path, ToldCorridor, tokenizer, dataset, per_device_train_batch_size=8)
     ]
+    assert "`prompt` takes the place of the environment's `instructions`" in caplog.text
     assert {tuple(m["content"].split()[0] for m in messages[:-1]) for messages in found} == {("Be",), (), ("Walk",)}
 
 

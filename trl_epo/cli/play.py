@@ -3,12 +3,13 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from datasets import Dataset
 
 from ..play import play_row, play_yourself
-from ..reports import PLAY_SETTINGS_FILE
+from ..reports import PLAY_SETTINGS_FILE, named_environment
 from .mistakes import UsageError
 from .settings import ScriptArguments, check_downloaded_settings, parse, play_settings_file
 from .train import make_trainer
@@ -47,13 +48,14 @@ def play(arguments: Sequence[str]) -> None:
                 if not Path(run).is_dir():
                     check_downloaded_settings(run, file, given)
                 arguments += ["--config", str(file)]
-            elif "--environment" not in given:
+            if "--environment" not in given and (file is None or named_environment(file) is None):
+                there = "There is no" if file is None else "No environment is named in"
                 where = (
                     "" if Path(run).is_dir() else ": no such folder is here, and the Hub has none or cannot be asked"
                 )
                 raise UsageError(
-                    f"There is no {PLAY_SETTINGS_FILE}, which `trl-epo train` leaves beside a model, in {run!r}{where}. Say what "
-                    "to play in, with --environment or --config."
+                    f"{there} {PLAY_SETTINGS_FILE}, in which `trl-epo train` names it beside a model, in {run!r}{where}. Say what "
+                    "to play in, with --environment or --config, e.g. --environment my_code:Shop."
                 )
         arguments += ["--model_name_or_path", run]
     script, args, model_args, which = parse("play", arguments, PlayArguments)
@@ -64,9 +66,10 @@ def play(arguments: Sequence[str]) -> None:
     args.beta, args.sync_ref_model, args.advantage_estimator = 0.0, False, "grpo"  # no reference model and no critic
     args.push_to_hub = False  # what a config file for `train` says
     args.eval_strategy = "no"
-    trainer = make_trainer(script, args, model_args, train_dataset=Dataset.from_list([row or {"prompt": []}]))
-    # A temperature that was asked for is meant, whatever evaluations have
-    play_row(trainer, row, temperature=args.temperature if "--temperature" in arguments else None)
+    with TemporaryDirectory(prefix="trl_epo_play_") as args.output_dir:  # a trainer makes this folder
+        trainer = make_trainer(script, args, model_args, train_dataset=Dataset.from_list([row or {"prompt": []}]))
+        # A temperature that was asked for is meant, whatever evaluations have
+        play_row(trainer, row, temperature=args.temperature if "--temperature" in arguments else None)
 
 
 def _flags(arguments: Sequence[str]) -> dict[str, str]:

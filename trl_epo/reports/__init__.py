@@ -30,6 +30,8 @@ if TYPE_CHECKING:
         RunFacts,
         complete_model_card,
         foreign_code,
+        keep_limits,
+        named_environment,
         play_settings,
     )
     from .plots import plot_training
@@ -54,7 +56,9 @@ __all__ = [
     "evaluation_metrics",
     "failed_share",
     "foreign_code",
+    "keep_limits",
     "mean_success",
+    "named_environment",
     "play_settings",
     "plot_training",
     "run_success",
@@ -80,7 +84,9 @@ _MODULES = {
     "episode_metrics": "metrics",
     "evaluation_metrics": "evaluation",
     "failed_share": "evaluation",
+    "keep_limits": "model_card",
     "mean_success": "evaluation",
+    "named_environment": "model_card",
     "play_settings": "model_card",
     "plot_training": "plots",
     "run_success": "evaluation",

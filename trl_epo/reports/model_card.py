@@ -108,12 +108,8 @@ class RunFacts:
 
     @property
     def saved_settings(self) -> dict[str, Any] | None:
-        """The settings beside the model with which `trl-epo play` plays it, if they are there and can be read."""
-        try:
-            settings = json.loads(Path(self.args.output_dir, PLAY_SETTINGS_FILE).read_text())
-        except (OSError, ValueError):
-            return None
-        return settings if isinstance(settings, dict) else None
+        """The settings beside the model with which `trl-epo play` plays it, if they are there and name the environment."""
+        return named_environment(Path(self.args.output_dir, PLAY_SETTINGS_FILE))
 
 
 def play_settings(args: EPOConfig) -> dict[str, Any]:
@@ -121,6 +117,23 @@ def play_settings(args: EPOConfig) -> dict[str, Any]:
     defaults = {field.name: field.default for field in fields(args)}
     settings = {name: getattr(args, name) for name in PLAY_SETTINGS}
     return {name: value for name, value in settings.items() if value != defaults[name]}
+
+
+def keep_limits(args: EPOConfig, folder: Path) -> None:
+    """Leave beside a model what bounds an episode, for `trl-epo play`, where nothing is that also names the environment."""
+    file = folder / PLAY_SETTINGS_FILE
+    if named_environment(file) is None:
+        folder.mkdir(parents=True, exist_ok=True)
+        file.write_text(json.dumps(play_settings(args), indent=2) + "\n")
+
+
+def named_environment(file: Path) -> dict[str, Any] | None:
+    """The settings in this file, if it is there, can be read and names an environment."""
+    try:
+        settings = json.loads(file.read_text())
+    except (OSError, ValueError):
+        return None
+    return settings if isinstance(settings, dict) and "environment" in settings else None
 
 
 def foreign_code(settings: dict[str, Any]) -> dict[str, str]:

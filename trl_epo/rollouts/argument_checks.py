@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Callable, Sequence
+from dataclasses import fields
 
 from datasets import Dataset, IterableDataset
 from trl import GRPOConfig
@@ -148,11 +149,38 @@ def check_other_arguments(args: EPOConfig, prompt_builder: Callable | None) -> N
             "`prompt_builder` is for text episodes, but there is no text environment. Give an `environment_factory`, or "
             "leave it out."
         )
-    if args.advantage_estimator != "grpo" or args.filter_zero_variance_groups or args.context != "transcript":
+    if meaningless := _changed(args, ("advantage_estimator", "filter_zero_variance_groups", "context")):
         raise ValueError(
-            f"`advantage_estimator={args.advantage_estimator!r}`, `filter_zero_variance_groups="
-            f"{args.filter_zero_variance_groups!r}` and `context={args.context!r}` are for text episodes, but there "
-            "is no text environment. Give an `environment_factory`, or leave them at 'grpo', None and 'transcript'."
+            f"{meaningless}: for text episodes only, but there is no text environment. Give an `environment_factory`, or "
+            "leave it out."
+        )
+    if ignored := _changed(args, ("max_turns", "max_turn_length", "max_observation_length", "invalid_action_penalty")):
+        logger.warning("%s: for text episodes only, and ignored, since there is no text environment.", ignored)
+
+
+def _changed(args: EPOConfig, names: Sequence[str]) -> str:
+    """Those of the settings that are not the default, with their values."""
+    defaults = {field.name: field.default for field in fields(args)}
+    values = {name: getattr(args, name) for name in names}
+    return ", ".join(f"`{name}={value!r}`" for name, value in values.items() if value != defaults[name])
+
+
+def check_reward_is_given(reward_funcs, environment_factory) -> None:
+    """Raise a `ValueError` if nothing tells what is good."""
+    if reward_funcs is None and environment_factory is None:
+        raise ValueError(
+            "There are neither `reward_funcs` nor an `environment_factory`. Give a function that rewards completions, or the "
+            "class of a text environment (`trl_epo.envs.TextEnv`), whose rewards count."
+        )
+
+
+def check_prompt_column(dataset: Dataset | IterableDataset | None) -> None:
+    """Raise a `ValueError` if a dataset whose completions are no text episodes has no prompts."""
+    columns = dataset.column_names if isinstance(dataset, Dataset | IterableDataset) else None
+    if columns is not None and "prompt" not in columns:
+        raise ValueError(
+            f"`train_dataset` has the columns {columns}, but needs `prompt`: a text or a list of messages in each row. Rename "
+            "one (`rename_column`), or give the `environment_factory` of a text environment, which needs none."
         )
 
 

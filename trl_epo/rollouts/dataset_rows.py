@@ -73,7 +73,7 @@ def check_first_row(pool: EnvironmentPool, dataset, max_observation_length: int 
         pool.discard(worker)
         raise ValueError(
             f"The environment {worker.kind} could not be reset with the dataset's first row {shown(options)}: "
-            f"{printable(str(error))} `trl_epo.check_env` tells what is wrong with an environment."
+            f"{printable(str(error)).removesuffix('.')}. `trl_epo.check_env` tells what is wrong with an environment."
         ) from error
     pool.give_back(name, worker)
     return FirstRow(

@@ -1,5 +1,6 @@
 """Environments at work: each on a thread of its own, kept for the next batch of episodes."""
 
+import inspect
 import logging
 import math
 import threading
@@ -235,10 +236,17 @@ def make_environment_pool(
     A pool if the factories make text environments, `None` if there are none or they make TRL's tool environments.
 
     Raises:
+        TypeError: If a factory cannot be called.
         ValueError: If there are both kinds, or one is no `gymnasium.Env` but talks like one.
     """
     if factory is None:
         return None
+    for made in factory.values() if isinstance(factory, dict) else [factory]:
+        if not callable(made):
+            raise TypeError(
+                f"`environment_factory` is a {type(made).__name__}, but must make one: pass the class, or a function that returns "
+                "a new environment at each call."
+            )
     pool = EnvironmentPool(factory, timeout)
     kinds = {}
     try:
@@ -260,4 +268,12 @@ def make_environment_pool(
 def _is_text_environment(env: Any) -> bool:
     if looks_like_gymnasium(env):
         raise ValueError(f"`environment_factory` would make TRL tool environments: {how_to_wrap(env)}")
+    step = getattr(env, "step", None)
+    if not isinstance(env, gymnasium.Env) and callable(step) and not inspect.getdoc(step):
+        raise ValueError(
+            f"{type(env).__name__} has a `step` but is no `gymnasium.Env`, so that it would be one of TRL's tool environments, whose "
+            "methods are tools and need docstrings. For text episodes derive it from `trl_epo.envs.TextEnv`: its `reset(*, "
+            "seed=None, options=None)` gives `(observation, info)`, its `step(action)` `(observation, reward, terminated, "
+            "truncated, info)`."
+        )
     return isinstance(env, gymnasium.Env)

@@ -156,6 +156,11 @@ class EpisodePlayer:
         also tells how long a prompt is.
         """
         self.rules.check_builder(*first_row)
+        if first_row.prompt and any(self._instructions.values()):
+            logger.warning(
+                "The dataset's `prompt` takes the place of the environment's `instructions`. Where the model should read "
+                "these, remove that column."
+            )
         prompts = [first_row.prompt] if first_row.prompt else self._instructions.values()
         self.longest_context = max(self.rules.longest_context(prompt, *first_row[1:]) for prompt in prompts)
 

@@ -133,6 +133,13 @@ class FaultTolerantGRPOTrainer(PushingGRPOTrainer):
 
     # What a subclass may override
 
+    def complete_saved_model(self, folder: Path) -> None:
+        """Called when a model, not a checkpoint, has been saved in this folder, on the process that writes."""
+        if self.is_adapter:
+            Path(self.args.output_dir).mkdir(parents=True, exist_ok=True)
+            self.create_model_card()
+            self.replace_adapter_card(folder)
+
     def extend_model_card(self, path: Path) -> None:
         """Called with the file of the model card that was just written, on the process that writes."""
 
@@ -368,6 +375,8 @@ class FaultTolerantGRPOTrainer(PushingGRPOTrainer):
     def save_model(self, output_dir=None, _internal_call=False):
         with self._noting_errors() if self._saving else nullcontext():
             super().save_model(output_dir, _internal_call)
+        if not self._saving and self.args.should_save:
+            self.complete_saved_model(Path(output_dir or self.args.output_dir))
 
     def create_model_card(self, model_name=None, dataset_name=None, tags=None):
         with self._noting_errors() if self._saving else nullcontext():

@@ -175,7 +175,9 @@ class PushingGRPOTrainer(GRPOTrainer):
         Put the run's card in the place of PEFT's. That one is a form to fill in, and names the base model as its folder where
         it is one, for which the Hub refuses the whole checkpoint.
         """
-        copyfile(Path(self.args.output_dir, CARD), Path(folder, CARD))
+        card, place = Path(self.args.output_dir, CARD), Path(folder, CARD)
+        if card.resolve() != place.resolve():
+            copyfile(card, place)
 
     def push_checkpoint(self, folder: Path, is_last: bool) -> None:
         """Begin to push a checkpoint; the last one of a run waits for the one before it, others are left out then."""

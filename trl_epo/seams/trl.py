@@ -6,7 +6,7 @@ faults and checkpoints in `checkpoints.py`, those of pushes in `hub.py`.
 `SIGNATURES` is checked against the installed TRL by `tests/seams/test_trl_seams.py`.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
@@ -24,7 +24,7 @@ from ..entropy import cut_share
 from ..reports import SAMPLING, SCORING, StepTimes
 from ..rollouts import PlayedBatch
 from ..runs import check_rollouts, keep_output_precision, set_timeout, shards_with_zero3
-from ..text import printable_parts
+from ..text import printable_parts, shown
 from .replacing import replaced
 from .sampling import SamplingGRPOTrainer
 
@@ -115,6 +115,28 @@ def _escaped_samples() -> AbstractContextManager[None]:
         usual(*printable_parts(args), **printable_parts(kwargs))
 
     return replaced(grpo_trainer, "print_prompt_completions_sample", print_sample)
+
+
+def _checked(function: Callable, name: str) -> Callable:
+    """A reward function that says so if it gives no list of numbers; a model, or one that is awaited, as it is."""
+    if isinstance(function, nn.Module) or trl_utils.is_async_callable(function):
+        return function
+
+    def call(**kwargs):
+        rewards = function(**kwargs)
+        try:
+            rewards = list(rewards)
+            fits = torch.tensor([0.0 if reward is None else reward for reward in rewards]).dim() == 1
+        except (TypeError, ValueError, RuntimeError):
+            fits = False
+        if not fits:
+            raise TypeError(
+                f"The reward function {name!r} gave {shown(rewards)}, but must give a list with a number, or None, for each of "
+                f"the {len(kwargs['completions'])} completions."
+            )
+        return rewards
+
+    return call
 
 
 class SeamedGRPOTrainer(SamplingGRPOTrainer):
@@ -383,7 +405,9 @@ class SeamedGRPOTrainer(SamplingGRPOTrainer):
         return tuple(outputs)
 
     def _calculate_rewards(self, inputs, prompts, completions, completion_ids_list):
-        rewards = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
+        checked = [_checked(*reward) for reward in zip(self.reward_funcs, self.reward_func_names, strict=True)]
+        with replaced(self, "reward_funcs", checked):
+            rewards = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
         if self._played_batch is not None:
             failed = [episode.failed for episode in self._played_batch.episodes]
             failed = gather(torch.tensor(failed, device=rewards.device))
