@@ -14,15 +14,19 @@ from trl_epo.cli.mistakes import is_told
 from trl_epo.cli.play import PlayArguments
 from trl_epo.cli.settings import _make_parser, parse
 from trl_epo.cli.warm_up import WarmUpArguments
-from trl_epo.runs import LOCK_FILE
+from trl_epo.runs import LOCK_FILE, last_whole_checkpoint
 
 
 OWN = """
+from datasets import Dataset
 from trl_epo.envs import TextEnv
 from trl_epo.rollouts.contexts import build_prompt
 from trl_epo.rollouts.rollout import parse_action
 
 calls = []
+
+def rows(split, **kwargs):
+    return [] if split == "ood" else Dataset.from_list([]) if split == "iid" else [{"seed": 1}]
 
 class Silent(TextEnv):
     def reset(self, *, seed=None, options=None):
@@ -160,6 +164,12 @@ class TestOnesOwnFunctions:
         line = told(capsys, "train", *given, "--action_parser", "broken_of_mine:f")
         assert "importing 'broken_of_mine' raises ModuleNotFoundError: No module named 'no_such_thing'" in line
         assert "that is a list" in told(capsys, "train", *given, "--action_parser", "code_of_mine:calls")
+        given += ("--tasks", "code_of_mine:rows")
+        assert "gives a list for the split 'train', and must give a `datasets.Dataset`" in told(
+            capsys, "train", *given
+        )
+        given += ("--train_split", "iid")
+        assert "gives no row for the split 'iid'" in told(capsys, "train", *given)
 
 
 class TestCheckEnv:
@@ -179,18 +189,23 @@ class TestCheckEnv:
         assert "Did you mean 'household'?" in told(capsys, "check-env", "houshold")
         assert "Did you mean '--environment'?" in told(capsys, "check-env", "--enviroment", "household")
         assert "is not JSON" in told(capsys, "check-env", "household", "--options", "{x}")
-        assert "'roms'" in told(capsys, "check-env", "household", "--environment_kwargs", '{"roms": 1}')
+        line = told(capsys, "check-env", "household", "--environment_kwargs", '{"roms": 1}')
+        assert "'roms'" in line and "It takes (rooms: int" in line
 
 
 class TestOneRunAFolder:
     def test_while_one_runs_and_after_it_was_killed(self, capsys, tmp_path, model_folder):
         given = flags(model_folder, tmp_path, "--save_steps", "1", "--max_steps", "100000", "--save_total_limit", "2")
         command = [sys.executable, "-m", "trl_epo", "train", *given]
+        assert "There is no model in" in told(capsys, "play", tmp_path)
         with subprocess.Popen(
             command, env=child_environment(), cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
         ) as first:
             try:
-                assert wait_for(lambda: list(tmp_path.glob("checkpoint-*/manifest.json")) or first.poll() is not None)
+                # The second is begun once the first is whole
+                assert wait_for(
+                    lambda: len(list(tmp_path.glob("checkpoint-*/manifest.json"))) > 1 or first.poll() is not None
+                )
                 assert first.poll() is None
                 line = told(capsys, "train", *given, code=1)
                 assert f"`output_dir` is '{tmp_path}', in which process {first.pid} on " in line
@@ -198,7 +213,11 @@ class TestOneRunAFolder:
             finally:
                 first.kill()
         assert (tmp_path / LOCK_FILE).exists()
-        step = max(int(path.parent.name.split("-")[1]) for path in tmp_path.glob("checkpoint-*/manifest.json"))
+        assert "of an earlier run. Go on from there with --resume" in told(capsys, "train", *given)
+        step = int(last_whole_checkpoint(tmp_path).rpartition("-")[2])
+        if step > 1:
+            line = told(capsys, "train", *given[:-4], "--max_steps", str(step - 1), "--resume")
+            assert f"checkpoint-{step} is of more steps than `max_steps={step - 1}`" in line
         cli.main(["train", *given[:-4], "--max_steps", str(step + 1), "--resume"])
         assert (tmp_path / "model.safetensors").exists()
         assert not (tmp_path / LOCK_FILE).exists()

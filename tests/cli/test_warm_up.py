@@ -36,6 +36,7 @@ class TestWarmUp:
         flags = (*SHORT, "--model_name_or_path", model_folder, "--output_dir", tmp_path)
         more = ("--noise", "0.2", "--until_success", "1.0", "--warm_up_learning_rate", "0.01")
         out = main(capsys, "warm-up", *flags, *more, "--max_turn_length", "40")
+        assert re.findall(r"eval iid at step (\d)", out) == ["0", "2"]  # of the warm-up
         assert re.search(r"6 episodes were imitated. Success on the evaluation sets: [\d.]+%. The model is in", out)
         warm, cold = (load_file(f"{folder}/model.safetensors") for folder in (tmp_path, model_folder))
         assert not torch.equal(warm["model.norm.weight"], cold["model.norm.weight"])

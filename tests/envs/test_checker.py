@@ -1,4 +1,5 @@
 import re
+import time
 from pathlib import Path
 
 import gymnasium
@@ -6,6 +7,7 @@ import pytest
 from conftest import Corridor
 
 from trl_epo import check_env
+from trl_epo.envs import checker
 from trl_epo.envs.base import WRAPPER
 from trl_epo.envs.household import Household
 from trl_epo.rollouts.environment_pool import make_environment_pool
@@ -154,6 +156,29 @@ def test_what_is_missing_is_noted_and_no_error(caplog):
         "Agreeable: no nonsense is answered with `info[\"invalid_action\"] = True` (tried: '', 'xyzzy'" in caplog.text
     )
     assert "instructions" not in caplog.text
+
+
+def test_what_takes_long_and_what_success_is_are_noted(caplog, monkeypatch):
+    monkeypatch.setattr(checker, "SLOW", 0.05)
+
+    class Slow(Told):
+        def step(self, action):
+            time.sleep(0.1 if action == "xyzzy" else 0.0)
+            *answer, info = super().step(action)
+            return *answer, {"invalid_action": True}
+
+    check_env(Slow())
+    assert "Slow: `step('xyzzy')` took 0.1 seconds." in caplog.text
+    assert 'Slow: there is no `info["success"]`' in caplog.text
+
+
+def test_a_signature_that_does_not_fit():
+    class Old(Told):
+        def reset(self, seed=None):
+            return super().reset(seed=seed)
+
+    with pytest.raises(ValueError, match=r"'options'. It is called as `reset\(seed=0, options=\{\}\)`"):
+        check_env(Old())
 
 
 def test_instructions_that_are_no_text():

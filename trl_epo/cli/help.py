@@ -150,7 +150,7 @@ COMMANDS: dict[str, tuple[str, str, dict[str, Lines]]] = {
 GROUPS = {
     "Command": r"environment|environment_kwargs|tasks\w*|train_split|eval_splits|train_size|eval_size|reward_funcs"
     r"|prompt_builder|action_parser|resume|dry_run|results|split|row|human",
-    "Whom to imitate, and how long": r"noise|learn_mistakes|chats|from_run|teacher\w*|success|until_success|check_every|warm_up_\w+",
+    "Whom to imitate, and how long": r"noise|learn_\w+|chats|from_run|teacher\w*|success|until_success|check_every|warm_up_\w+",
     "EPO": r"entropy_\w+|use_adaptive_entropy",
     "Advantages and the critic": r"advantage_\w+|gamma|gae_\w+|gigpo_\w+|critic_\w+|filter_zero\w+|scale_rewards"
     r"|reward_weights|multi_objective\w+|invalid_action_penalty|num_generations",

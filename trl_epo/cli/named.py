@@ -1,5 +1,6 @@
 """What is named on the command line: environments, things to call as "module:name", and configuration files."""
 
+import inspect
 import json
 import os
 from collections.abc import Callable
@@ -52,7 +53,8 @@ def environment_maker(name: str, kwargs: dict[str, Any]) -> Callable[[], gymnasi
         try:
             environment = factory(**kwargs)
         except Exception as error:
-            raise UsageError(f"{wrong} raises {type(error).__name__}: {error}") from error
+            takes = f" It takes {inspect.signature(factory)}." if isinstance(error, TypeError) else ""
+            raise UsageError(f"{wrong} raises {type(error).__name__}: {error}.{takes}") from error
         if not isinstance(environment, gymnasium.Env):
             raise UsageError(
                 f"{wrong} gives a {type(environment).__name__}. Name what makes a `gymnasium.Env`, such as a class "

@@ -42,6 +42,13 @@ def play(arguments: Sequence[str]) -> None:
     if arguments and not arguments[0].startswith("-"):
         run = arguments.pop(0)
         given = _flags(arguments)
+        if Path(run).is_dir() and not any(
+            Path(run, name).is_file() for name in ("config.json", "adapter_config.json")
+        ):
+            raise UsageError(
+                f"There is no model in {run!r}: neither config.json nor adapter_config.json. If its run was cut off, go on with it, "
+                "or play one of its checkpoints; a warm-up saves its model only when it is through."
+            )
         if "--config" not in given:
             file = play_settings_file(run, given.get("--model_revision"))
             if file is not None:

@@ -167,6 +167,13 @@ class ScriptArguments:
             rows = tasks(split, **kwargs)
         except (ValueError, OSError) as error:
             raise UsageError(f"There are no rows of the split {split!r} with {kwargs}: {error}") from error
+        if not isinstance(rows, Dataset):
+            raise UsageError(
+                f"`tasks` is {self.tasks!r}, but gives a {type(rows).__name__} for the split {split!r}, and must give a "
+                "`datasets.Dataset`, e.g. Dataset.from_list(rows)."
+            )
+        if len(rows) == 0:
+            raise UsageError(f"`tasks` is {self.tasks!r}, but gives no row for the split {split!r}.")
         if sized or size is None or size >= len(rows):
             return rows
         return rows.shuffle(seed=self.tasks_seed).select(range(size))

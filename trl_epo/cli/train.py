@@ -124,16 +124,34 @@ def make_train_trainer(script: ScriptArguments, args: EPOConfig, model_args: Mod
     )
 
 
+def _earlier_checkpoint(script: ScriptArguments, args: EPOConfig) -> str | None:
+    """The checkpoint of `output_dir` to go on from with `--resume`; raises a `UsageError` if it cannot be of the run that is asked for."""
+    found = last_whole_checkpoint(args.output_dir)  # which all processes look for together
+    if found is None:
+        if script.resume and args.process_index == 0:
+            logger.warning("--resume: there is no whole checkpoint in %s, training begins anew.", args.output_dir)
+        return None
+    if not script.resume:
+        raise UsageError(
+            f"`output_dir` holds {found} of an earlier run. Go on from there with --resume, or name another folder, or remove that one."
+        )
+    if 0 < args.max_steps < int(found.rpartition("-")[2]):
+        raise UsageError(
+            f"--resume: {found} is of more steps than `max_steps={args.max_steps}`, so it is of another run. Name another `output_dir`, "
+            "or a checkpoint with --resume_from_checkpoint."
+        )
+    if args.process_index == 0:
+        logger.warning("--resume: training goes on from %s.", found)
+    return found
+
+
 def train(script: ScriptArguments, args: EPOConfig, model_args: ModelConfig) -> None:
     """Train, leave the model, its card and the log in `output_dir`, and push them if asked for."""
     check_output_dir(args)
-    trainer = make_train_trainer(script, args, model_args)
     checkpoint = args.resume_from_checkpoint
-    if checkpoint is None and script.resume:
-        checkpoint = last_whole_checkpoint(args.output_dir)  # which all processes look for together
-        if trainer.is_world_process_zero():
-            nothing = f"there is no whole checkpoint in {args.output_dir}, training begins anew"
-            logger.warning("--resume: %s.", nothing if checkpoint is None else f"training goes on from {checkpoint}")
+    if checkpoint is None:
+        checkpoint = _earlier_checkpoint(script, args)
+    trainer = make_train_trainer(script, args, model_args)
     if trainer.is_world_process_zero():
         save_play_settings(script, args, model_args)
     trainer.train(resume_from_checkpoint=checkpoint)

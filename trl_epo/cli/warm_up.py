@@ -37,6 +37,8 @@ class WarmUpArguments:
             The share of the environment's expert's actions that are mistakes.
         learn_mistakes (`bool`, *optional*, defaults to `False`):
             Learn these too, and not only how the expert goes on from them.
+        learn_observations (`bool`, *optional*, defaults to `False`):
+            Learn to write the environment's texts too, as a model that is new has to.
         chats (`str`, *optional*):
             A file with one chat a line, as JSON, instead of the expert.
         from_run (`str`, *optional*):
@@ -61,6 +63,9 @@ class WarmUpArguments:
     learn_mistakes: bool = field(
         default=False, metadata={"help": "Learn these too, and not only how the expert goes on from them."}
     )
+    learn_observations: bool = field(
+        default=False, metadata={"help": "Learn to write the environment's texts too: for a model that is new."}
+    )
     chats: str | None = field(default=None, metadata={"help": "A file with one chat a line, as JSON."})
     from_run: str | None = field(
         default=None, metadata={"help": "A run whose kept episodes are imitated.", "aliases": ["--from"]}
@@ -79,6 +84,10 @@ class WarmUpArguments:
     warm_up_batch_size: int = field(default=4, metadata={"help": "Episodes (turns, in windows) per optimizer step."})
 
     def __post_init__(self):
+        for name in ("noise", "until_success"):
+            share = getattr(self, name)
+            if share is not None and not 0 <= share <= 1:
+                raise ValueError(f"`{name}` is {share}, but is a share, from 0 to 1.")
         sources = [name for name in ("chats", "from_run", "teacher") if getattr(self, name)]
         if len(sources) > 1:
             raise ValueError(
@@ -108,6 +117,7 @@ def warm_up(arguments: Sequence[str]) -> None:
         success = imitate(
             trainer,
             episodes,
+            learn_observations=whom.learn_observations,
             until_success=whom.until_success,
             check_every=whom.check_every,
             num_train_epochs=whom.warm_up_epochs,

@@ -1,6 +1,7 @@
 """`check_env`: says in plain words what is wrong with a text environment."""
 
 import logging
+import time
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -14,6 +15,8 @@ from .base import InvalidAnswer, check_reset, check_step, how_to_wrap, instructi
 logger = logging.getLogger(__name__)
 
 SEED = 0
+SLOW = 1.0  # seconds
+SIGNATURES = ". It is called as `reset(seed=0, options={})` and `step(action)`"
 HOSTILE_ACTIONS = ("", "xyzzy", "\n", "<|im_end|>", "ÄÖÜ 🦉", "word " * 200)
 
 
@@ -22,7 +25,8 @@ def check_env(env: gymnasium.Env, options: dict[str, Any] | None = None) -> None
     Check that an environment keeps to the contract of text environments (see [`~trl_epo.envs.TextEnv`]).
 
     Plays a few steps, so use an instance of its own. Whether the environment is a good one it cannot tell. What makes
-    training harder but breaks nothing is logged: no `instructions`, and no `invalid_action` however senseless the action.
+    training harder but breaks nothing is logged: no `instructions`, no `success`, no `invalid_action` however senseless the action,
+    and calls that take longer than a second.
 
     Args:
         env (`gymnasium.Env`): The environment.
@@ -75,13 +79,19 @@ def _check_instructions(env: gymnasium.Env, notes: list[str]) -> list[str]:
 def _check_episode(env: gymnasium.Env, options: dict[str, Any], notes: list[str]) -> list[str]:
     problems: list[str] = []
     refused = False
+    slowest, slowest_call = SLOW, ""
 
     def attempt(what: str, call: Callable[[], Any], check: Callable[[Any], Any]) -> Any:
+        nonlocal slowest, slowest_call
+        start = time.monotonic()
         try:
             answer = call()
         except Exception as error:
-            problems.append(f"{what} raised {type(error).__name__}: {printable(str(error))}")
+            hint = SIGNATURES if isinstance(error, TypeError) else ""
+            problems.append(f"{what} raised {type(error).__name__}: {printable(str(error))}{hint}")
             return None
+        if (seconds := time.monotonic() - start) > slowest:
+            slowest, slowest_call = seconds, what
         try:
             return check(answer)
         except InvalidAnswer as error:
@@ -113,6 +123,14 @@ def _check_episode(env: gymnasium.Env, options: dict[str, Any], notes: list[str]
             problems.append(f"`step({shown})` answers with an empty text, but every reply must be a sentence.")
         if terminated or truncated:
             reset()
+    if slowest_call:
+        notes.append(
+            f"{slowest_call} took {slowest:.1f} seconds. Others are not held up by an answer that takes longer than "
+            "`environment_patience` (1 s by default), but the same seed then need not give the same run: raise it for that. One that "
+            "takes longer than `env_timeout` (300 s) costs its episode."
+        )
+    if "success" not in info and not problems:
+        notes.append('there is no `info["success"]`, so success rates are not told, and a warm-up cannot stop at one.')
     if not refused and not problems:
         notes.append(
             f'no nonsense is answered with `info["invalid_action"] = True` (tried: {", ".join(map(_name, HOSTILE_ACTIONS))}), '

@@ -14,7 +14,7 @@ from trl import SFTConfig, SFTTrainer
 
 from ..rollouts import Episode, episode_row
 from ..runs import own_randomness
-from ..seams import head_tiles
+from ..seams import head_tiles, replaced
 from ..trainer import EPOTrainer
 from .demonstrations import DemonstratedEpisode, player_of
 
@@ -159,8 +159,9 @@ class _StopAtSuccess(TrainerCallback):
         self.trainer, self.until_success, self.check_every = trainer, until_success, check_every
         self.success: float | None = None
 
-    def is_reached(self) -> bool:
-        metrics = self.trainer.evaluate()
+    def is_reached(self, step: int = 0) -> bool:
+        with replaced(self.trainer.state, "global_step", step):  # for what the evaluation tells and keeps
+            metrics = self.trainer.evaluate()
         rates = [rate for name, rate in metrics.items() if name.endswith("episode/success_rate")]
         if not rates:
             raise ValueError(
@@ -172,4 +173,4 @@ class _StopAtSuccess(TrainerCallback):
     def on_step_end(self, args, state, control, **kwargs):
         last = state.global_step == state.max_steps
         if state.global_step % self.check_every == 0 or last:
-            control.should_training_stop = self.is_reached() or last
+            control.should_training_stop = self.is_reached(state.global_step) or last
