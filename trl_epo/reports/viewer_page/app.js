@@ -123,8 +123,8 @@ function chartSpecs() {
       ] },
     { title: "Outside the corridor", about: "Share of tokens: below it the floor acts, above it the cap.", unit: "share",
       lines: (run) => [
-        ["below: floor", run.train.below_corridor, { role: "below" }],
         ["above: cap", run.train.above_corridor, { role: "above", dash: [6, 3] }],
+        ["below: floor", run.train.below_corridor, { role: "below" }],
       ] },
     { title: "Bonus and penalty", about: "Entropy bonus against smoothing penalty × β, nats.",
       lines: (run) => [
@@ -208,7 +208,8 @@ function drawChart(spec, lines, limits) {
     const main = lines.find((line) => line.run === place && line.style.points && line.series[0].length > 1) ?? lines.find((line) => line.run === place);
     if (!main) return;
     const [first, last] = endsOf(main.series);
-    ends.append(h("span", { class: "end" }, " ", runMark(place), `${show(first)} → `, h("b", {}, show(last))));
+    const name = lines.some((line) => line.run === place && line !== main) ? `${oneLine(main.label)} ` : "";
+    ends.append(h("span", { class: "end" }, " ", runMark(place), `${name}${show(first)} → `, h("b", {}, show(last))));
   });
   $("charts").append(h("section", { class: `chart${spec.wide ? " wide" : ""}`, "aria-label": spec.title },
     h("header", {}, h("h2", {}, spec.title), ends), h("p", {}, spec.about), box));
