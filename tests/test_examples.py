@@ -76,7 +76,7 @@ def test_scienceworld_goes_on_where_it_stopped(tmp_path, tokenizer):
     make_model(context_length=2048).save_pretrained(tmp_path / "model")
     tokenizer.save_pretrained(tmp_path / "model")
     flags = ["--model", str(tmp_path / "model"), "--warm_start", str(tmp_path / "warm"), "--warm_up_epochs", "0.1"]
-    flags += ["--max_steps", "2", "--panel_size", "2", "--max_turns", "2", "--per_device_train_batch_size", "8"]
+    flags += ["--max_steps", "2", "--panel_size", "2", "--max_turns", "2", "--gradient_accumulation_steps", "1"]
     flags += ["--save_strategy", "steps", "--save_steps", "1", "--environment_patience", "inf"]
     out = tmp_path / "out"
     first = run(out, "scienceworld.py", *flags)
