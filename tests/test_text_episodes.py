@@ -320,6 +320,32 @@ class TestEvaluation:
         assert len(set(panels[0])) == 4
         assert "eval_episode/success_rate" in metrics
 
+    def test_evaluations_before_training_stay_in_its_log(self, tmp_path, tokenizer):
+        """The last one of each panel, once, after a resume too."""
+
+        def looks(trainer):
+            log = trainer.state.log_history
+            return [(e["step"], sorted(panel for panel in "ab" if f"eval_{panel}_runtime" in e)) for e in log]
+
+        settings = {
+            "trainer_kwargs": {"eval_dataset": {"a": ROWS, "b": ROWS}},
+            "save_strategy": "steps",
+            "save_steps": 1,
+        }
+        trainer = make_trainer(tmp_path, tokenizer, **settings)
+        trainer.evaluate()
+        trainer.evaluate()
+        trainer.train()
+        begun = [(0, ["a"]), (0, ["b"])]
+        assert looks(trainer)[:3] == [*begun, (1, [])]
+        trainer.evaluate()
+        trainer.train()  # anew
+        assert looks(trainer)[:2] == [(1, []), (2, [])]
+        resumed = make_trainer(tmp_path, tokenizer, **settings, max_steps=3)
+        resumed.evaluate()
+        resumed.train(resume_from_checkpoint=True)
+        assert begun[0] not in looks(resumed)  # the second training had none
+
     def test_several_eval_datasets_keep_their_own_metrics(self, tmp_path, tokenizer):
         panels = {name: Dataset.from_dict({"length": [length] * 4}) for name, length in (("near", 1), ("far", 90))}
         trainer = make_trainer(

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase, TrainerCallback, TrainerState
 
 from .entropy import EntropyHistory
 from .reports import (
@@ -34,6 +34,29 @@ from .seams import SeamedGRPOTrainer, replaced
 
 
 logger = logging.getLogger(__name__)
+
+
+class FirstEvaluations(TrainerCallback):
+    """Keeps the evaluations from before a training at the head of its log, which Trainer begins anew."""
+
+    def __init__(self):
+        self._entries: list[dict[str, Any]] = []
+
+    def note(self, state: TrainerState) -> None:
+        """
+        A training is about to begin where another one, if any, has left `state`. Of several evaluations of a panel the last
+        counts; those of another training are not of the policy that this one begins with.
+        """
+        panels = {}
+        for entry in state.log_history if state.global_step == 0 else ():
+            names = [name for name in entry if name.startswith("eval") and name.endswith("_runtime")]
+            if names:
+                panels[names[0]] = entry
+        self._entries = list(panels.values())
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        if state.global_step == 0:  # else they are in the log that was resumed
+            state.log_history[:0] = self._entries
 
 
 class ReportingTrainer(SeamedGRPOTrainer):
@@ -58,6 +81,8 @@ class ReportingTrainer(SeamedGRPOTrainer):
         )
         self._diagnosis = Diagnosis(args, len(tokenizer), tokenizer.decode)
         show_progress(self)
+        self._first_evaluations = FirstEvaluations()
+        self.add_callback(self._first_evaluations)
 
     @property
     def player(self) -> EpisodePlayer | None:
@@ -71,6 +96,7 @@ class ReportingTrainer(SeamedGRPOTrainer):
             self._player.begin_training()
             self._keeper.begin_training()
             self._diagnosis.load_state_dict({})
+            self._first_evaluations.note(self.state)
         result = super().train(*args, **kwargs)
         if self._keeper is not None:
             self._keeper.end_batch()  # of which some losses were not computed any more

@@ -364,6 +364,10 @@ class TestWarmUp:
         episodes = expert_episodes(trainer, ROWS)
         reached = warm_up(trainer, episodes, until_success=0.5, check_every=4, num_train_epochs=60, **WARM_UP)
         assert 0.5 <= reached == trainer.evaluate()["eval_a_episode/success_rate"]
+        looks = trainer.state.log_history[:-2]  # without this last evaluation
+        assert [(look["step"], look.get("eval_a_episode/success_rate", reached)) for look in looks] == [
+            (0, reached)
+        ] * 2
         before = weights(trainer)
         assert warm_up(trainer, episodes, until_success=reached, **WARM_UP) == reached
         assert torch.equal(weights(trainer), before)

@@ -93,12 +93,16 @@ def warm_up(
             raise ValueError("`until_success` needs an `eval_dataset`, the rows on which success is told.")
         if check_every < 1:
             raise ValueError(f"`check_every` is {check_every}, but must be at least 1.")
+    log = trainer.state.log_history
+    num_logged = len(log)
     stop = _StopAtSuccess(trainer, until_success, check_every)
     if until_success is not None and stop.is_reached():
         logger.warning("The model's success is %.1f %% without any warm-up.", 100 * stop.success)
     else:
         with own_randomness(trainer.args.seed, trainer.accelerator.device):
             _imitate(trainer, rows, [] if until_success is None else [stop], kwargs)
+    # Of the looks the last one is of the policy that training begins with
+    log[num_logged:] = [entry | {"step": 0} for entry in log[num_logged:] if entry["step"] == stop.last_look]
     if until_success is not None and stop.success < until_success:
         logger.warning(
             "The warm-up ends before `until_success=%s` was seen: the last evaluation's success is %.1f %%. Give more episodes, "
@@ -158,6 +162,7 @@ class _StopAtSuccess(TrainerCallback):
     def __init__(self, trainer: EPOTrainer, until_success: float | None, check_every: int):
         self.trainer, self.until_success, self.check_every = trainer, until_success, check_every
         self.success: float | None = None
+        self.last_look = 0  # the optimizer steps of the warm-up before it
 
     def is_reached(self, step: int = 0) -> bool:
         with replaced(self.trainer.state, "global_step", step):  # for what the evaluation tells and keeps
@@ -167,7 +172,7 @@ class _StopAtSuccess(TrainerCallback):
             raise ValueError(
                 'The environment does not tell of success (`info["success"]`): leave `until_success` out.'
             )
-        self.success = sum(rates) / len(rates)
+        self.success, self.last_look = sum(rates) / len(rates), step
         return self.success >= self.until_success
 
     def on_step_end(self, args, state, control, **kwargs):
