@@ -2,8 +2,9 @@
 
 import inspect
 import math
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from collections.abc import Iterable
+from dataclasses import dataclass, field, fields
+from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers.utils import logging
@@ -33,6 +34,12 @@ class _InitSignature:
     def __get__(self, instance: object, owner: type) -> inspect.Signature:
         signature = inspect.signature(owner.__init__)  # type: ignore[misc]  # `owner` is the very class that is shown
         return signature.replace(parameters=list(signature.parameters.values())[1:])
+
+
+def changed_settings(args: "EPOConfig", names: Iterable[str]) -> dict[str, Any]:
+    """Those of the settings that are not the default, with their values."""
+    defaults = {each.name: each.default for each in fields(args)}
+    return {name: value for name in names if (value := getattr(args, name)) != defaults[name]}
 
 
 @dataclass

@@ -193,6 +193,10 @@ class TestCheckEnv:
         assert "'roms'" in line and "It takes (rooms: int" in line
 
 
+def step_of(checkpoint):
+    return int(checkpoint.name.rpartition("-")[2])
+
+
 class TestOneRunAFolder:
     def test_while_one_runs_and_after_it_was_killed(self, capsys, tmp_path, model_folder):
         given = flags(model_folder, tmp_path, "--save_steps", "1", "--max_steps", "100000", "--save_total_limit", "2")
@@ -202,9 +206,11 @@ class TestOneRunAFolder:
             command, env=child_environment(), cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
         ) as first:
             try:
-                # The second is begun once the first is whole
+                # The third is begun once the second is whole
                 assert wait_for(
-                    lambda: len(list(tmp_path.glob("checkpoint-*/manifest.json"))) > 1 or first.poll() is not None
+                    lambda: (
+                        any(step_of(path) > 2 for path in tmp_path.glob("checkpoint-*")) or first.poll() is not None
+                    )
                 )
                 assert first.poll() is None
                 line = told(capsys, "train", *given, code=1)
@@ -214,10 +220,9 @@ class TestOneRunAFolder:
                 first.kill()
         assert (tmp_path / LOCK_FILE).exists()
         assert "of an earlier run. Go on from there with --resume" in told(capsys, "train", *given)
-        step = int(last_whole_checkpoint(tmp_path).rpartition("-")[2])
-        if step > 1:
-            line = told(capsys, "train", *given[:-4], "--max_steps", str(step - 1), "--resume")
-            assert f"checkpoint-{step} is of more steps than `max_steps={step - 1}`" in line
+        step = step_of(Path(last_whole_checkpoint(tmp_path)))
+        line = told(capsys, "train", *given[:-4], "--max_steps", str(step - 1), "--resume")
+        assert f"checkpoint-{step} is of more steps than `max_steps={step - 1}`" in line
         cli.main(["train", *given[:-4], "--max_steps", str(step + 1), "--resume"])
         assert (tmp_path / "model.safetensors").exists()
         assert not (tmp_path / LOCK_FILE).exists()

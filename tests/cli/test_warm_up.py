@@ -70,6 +70,8 @@ class TestWarmUp:
         assert "has kept 0 episodes" in refused(capsys, "warm-up", *flags, "--from", tmp_path, "--success", code=1)
         assert "one source at a time" in refused(capsys, "warm-up", *flags, "--chats", "a", "--teacher", "b")
         assert "`noise` is 0.1, but is for" in refused(capsys, "warm-up", *flags, "--chats", "a", "--noise", "0.1")
+        for flag, value in (("noise", 30), ("until_success", 20)):  # before the model is loaded
+            assert f"`{flag}` is {value}.0, but must be" in refused(capsys, "warm-up", *flags, f"--{flag}", value)
         teacher = ("--teacher", "http://127.0.0.1:9/v1", "--teacher_model", "wise")
         assert "cannot be reached" in refused(capsys, "warm-up", *flags, *teacher, code=1)
 
@@ -92,6 +94,10 @@ class TestPlay:
 
     def test_a_run_in_python_keeps_its_limits(self, capsys, tmp_path, monkeypatch, tokenizer):
         """The environment has to be said again."""
+
+        def ended(prompt):
+            raise EOFError
+
         run, here = tmp_path / "run", tmp_path / "here"
         here.mkdir()
         monkeypatch.chdir(here)
@@ -109,6 +115,10 @@ class TestPlay:
         assert out.startswith("At most 2 turns of 3 tokens, temperature 1.\n")
         assert "after 2 turns (max_turns)" in out
         assert list(here.iterdir()) == []
+        (run / "config.json").unlink()  # you need no model
+        monkeypatch.setattr("trl_epo.play.input", ended, raising=False)
+        out = main(capsys, "play", run, "--environment", "household", "--human")
+        assert "No success after 0 turns (the end of the input)" in out
 
     def test_mistakes(self, capsys, model_folder):
         flags = ("play", model_folder, "--config", SMALL)

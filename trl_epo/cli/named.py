@@ -54,7 +54,9 @@ def environment_maker(name: str, kwargs: dict[str, Any]) -> Callable[[], gymnasi
             environment = factory(**kwargs)
         except Exception as error:
             takes = f" It takes {inspect.signature(factory)}." if isinstance(error, TypeError) else ""
-            raise UsageError(f"{wrong} raises {type(error).__name__}: {error}.{takes}") from error
+            raise UsageError(
+                f"{wrong} raises {type(error).__name__}: {str(error).removesuffix('.')}.{takes}"
+            ) from error
         if not isinstance(environment, gymnasium.Env):
             raise UsageError(
                 f"{wrong} gives a {type(environment).__name__}. Name what makes a `gymnasium.Env`, such as a class "

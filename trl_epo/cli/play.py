@@ -7,9 +7,11 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from datasets import Dataset
+from transformers.utils import CONFIG_NAME
 
 from ..play import play_row, play_yourself
 from ..reports import PLAY_SETTINGS_FILE, named_environment
+from ..saved import ADAPTER_CONFIG, is_adapter, saved_file
 from .mistakes import UsageError
 from .settings import ScriptArguments, check_downloaded_settings, parse, play_settings_file
 from .train import make_trainer
@@ -42,13 +44,6 @@ def play(arguments: Sequence[str]) -> None:
     if arguments and not arguments[0].startswith("-"):
         run = arguments.pop(0)
         given = _flags(arguments)
-        if Path(run).is_dir() and not any(
-            Path(run, name).is_file() for name in ("config.json", "adapter_config.json")
-        ):
-            raise UsageError(
-                f"There is no model in {run!r}: neither config.json nor adapter_config.json. If its run was cut off, go on with it, "
-                "or play one of its checkpoints; a warm-up saves its model only when it is through."
-            )
         if "--config" not in given:
             file = play_settings_file(run, given.get("--model_revision"))
             if file is not None:
@@ -56,14 +51,7 @@ def play(arguments: Sequence[str]) -> None:
                     check_downloaded_settings(run, file, given)
                 arguments += ["--config", str(file)]
             if "--environment" not in given and (file is None or named_environment(file) is None):
-                there = "There is no" if file is None else "No environment is named in"
-                where = (
-                    "" if Path(run).is_dir() else ": no such folder is here, and the Hub has none or cannot be asked"
-                )
-                raise UsageError(
-                    f"{there} {PLAY_SETTINGS_FILE}, in which `trl-epo train` names it beside a model, in {run!r}{where}. Say what "
-                    "to play in, with --environment or --config, e.g. --environment my_code:Shop."
-                )
+                raise _no_environment(run, file)
         arguments += ["--model_name_or_path", run]
     script, args, model_args, which = parse("play", arguments, PlayArguments)
     row = _row(script, which)
@@ -77,6 +65,22 @@ def play(arguments: Sequence[str]) -> None:
         trainer = make_trainer(script, args, model_args, train_dataset=Dataset.from_list([row or {"prompt": []}]))
         # A temperature that was asked for is meant, whatever evaluations have
         play_row(trainer, row, temperature=args.temperature if "--temperature" in arguments else None)
+
+
+def _no_environment(run: str, file: Path | None) -> UsageError:
+    """The error where nothing says what to play in; `file`: the settings beside the model, if there are any."""
+    here = Path(run).is_dir()
+    if file is None and here and not is_adapter(run) and saved_file(run, CONFIG_NAME) is None:
+        return UsageError(
+            f"There is no model in {run!r}: neither {CONFIG_NAME} nor {ADAPTER_CONFIG}. If its run was cut off, go on with it, "
+            "or play one of its checkpoints; a warm-up saves its model only when it is through."
+        )
+    there = "There is no" if file is None else "No environment is named in"
+    where = "" if here else ": no such folder is here, and the Hub has none or cannot be asked"
+    return UsageError(
+        f"{there} {PLAY_SETTINGS_FILE}, in which `trl-epo train` names it beside a model, in {run!r}{where}. Say what "
+        "to play in, with --environment or --config, e.g. --environment my_code:Shop."
+    )
 
 
 def _flags(arguments: Sequence[str]) -> dict[str, str]:

@@ -10,6 +10,8 @@ from trl import get_peft_config
 
 from ..imitation import (
     chat_episodes,
+    check_noise,
+    check_until_success,
     expert_episodes,
     kept_episodes,
     read_chats,
@@ -84,10 +86,8 @@ class WarmUpArguments:
     warm_up_batch_size: int = field(default=4, metadata={"help": "Episodes (turns, in windows) per optimizer step."})
 
     def __post_init__(self):
-        for name in ("noise", "until_success"):
-            share = getattr(self, name)
-            if share is not None and not 0 <= share <= 1:
-                raise ValueError(f"`{name}` is {share}, but is a share, from 0 to 1.")
+        check_noise(self.noise)
+        check_until_success(self.until_success)
         sources = [name for name in ("chats", "from_run", "teacher") if getattr(self, name)]
         if len(sources) > 1:
             raise ValueError(

@@ -8,13 +8,15 @@ In come a trainer and dataset rows, chats or a run's folder (`sources.py`); out 
 """
 
 from .demonstrations import Demonstration, environment_expert
-from .learning import token_rows, warm_up
-from .sources import chat_episodes, expert_episodes, kept_episodes, read_chats, teacher_episodes
+from .learning import check_until_success, token_rows, warm_up
+from .sources import chat_episodes, check_noise, expert_episodes, kept_episodes, read_chats, teacher_episodes
 
 
 __all__ = [
     "Demonstration",
     "chat_episodes",
+    "check_noise",
+    "check_until_success",
     "environment_expert",
     "expert_episodes",
     "kept_episodes",

@@ -86,9 +86,8 @@ def warm_up(
     rows = [row for episode in episodes for row in token_rows(episode, learn_observations)]
     if not rows:
         raise ValueError("There are no episodes to learn from.")
+    check_until_success(until_success)
     if until_success is not None:
-        if not 0.0 < until_success <= 1.0:
-            raise ValueError(f"`until_success` is {until_success}, but must be above 0 and at most 1.")
         if trainer.eval_dataset is None:
             raise ValueError("`until_success` needs an `eval_dataset`, the rows on which success is told.")
         if check_every < 1:
@@ -111,6 +110,12 @@ def warm_up(
             100 * stop.success,
         )
     return stop.success
+
+
+def check_until_success(until_success: float | None) -> None:
+    """Raise a `ValueError` if no evaluation could have this success."""
+    if until_success is not None and not 0.0 < until_success <= 1.0:
+        raise ValueError(f"`until_success` is {until_success}, but must be above 0 and at most 1.")
 
 
 def _imitate(trainer: EPOTrainer, rows: list[dict], callbacks: list[TrainerCallback], kwargs: dict[str, Any]) -> None:

@@ -59,10 +59,7 @@ def expert_episodes(
     Raises:
         ValueError: If nothing can be imitated: the environment has no expert, all episodes fail, or no action fits.
     """
-    if not 0.0 <= noise < 1.0:
-        raise ValueError(
-            f"`noise` is {noise}, but must be at least 0 and below 1: the share of actions that are mistakes."
-        )
+    check_noise(noise)
     player = player_of(trainer)
     starts = starts_of(player, rows)
     if expert is environment_expert and noise:
@@ -71,6 +68,14 @@ def expert_episodes(
     seed = trainer.args.seed if seed is None else seed
     experts = [expert] * len(starts)
     return demonstrate(trainer, starts, experts, form=form, noise=noise, learn_mistakes=learn_mistakes, seed=seed)
+
+
+def check_noise(noise: float) -> None:
+    """Raise a `ValueError` if this can be no share of an expert's mistakes."""
+    if not 0.0 <= noise < 1.0:
+        raise ValueError(
+            f"`noise` is {noise}, but must be at least 0 and below 1: the share of actions that are mistakes."
+        )
 
 
 def _expert_that_plans_anew(env: gymnasium.Env) -> Say:

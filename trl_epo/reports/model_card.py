@@ -4,7 +4,7 @@ import json
 import re
 import textwrap
 from collections.abc import Callable
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -12,7 +12,7 @@ from typing import Any
 
 from huggingface_hub import ModelCard
 
-from ..config import EPOConfig
+from ..config import EPOConfig, changed_settings
 from ..text import name_of, printable, shortened
 
 
@@ -114,9 +114,7 @@ class RunFacts:
 
 def play_settings(args: EPOConfig) -> dict[str, Any]:
     """The settings that an episode depends on and that are not the defaults."""
-    defaults = {field.name: field.default for field in fields(args)}
-    settings = {name: getattr(args, name) for name in PLAY_SETTINGS}
-    return {name: value for name, value in settings.items() if value != defaults[name]}
+    return changed_settings(args, PLAY_SETTINGS)
 
 
 def keep_limits(args: EPOConfig, folder: Path) -> None:

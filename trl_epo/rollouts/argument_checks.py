@@ -2,12 +2,11 @@
 
 import logging
 from collections.abc import Callable, Sequence
-from dataclasses import fields
 
 from datasets import Dataset, IterableDataset
 from trl import GRPOConfig
 
-from ..config import EPOConfig
+from ..config import EPOConfig, changed_settings
 from ..sampling import make_logits_processors
 
 
@@ -159,10 +158,8 @@ def check_other_arguments(args: EPOConfig, prompt_builder: Callable | None) -> N
 
 
 def _changed(args: EPOConfig, names: Sequence[str]) -> str:
-    """Those of the settings that are not the default, with their values."""
-    defaults = {field.name: field.default for field in fields(args)}
-    values = {name: getattr(args, name) for name in names}
-    return ", ".join(f"`{name}={value!r}`" for name, value in values.items() if value != defaults[name])
+    """Those of the settings that are not the default, for a message."""
+    return ", ".join(f"`{name}={value!r}`" for name, value in changed_settings(args, names).items())
 
 
 def check_reward_is_given(reward_funcs, environment_factory) -> None:

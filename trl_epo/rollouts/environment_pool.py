@@ -266,14 +266,16 @@ def make_environment_pool(
 
 
 def _is_text_environment(env: Any) -> bool:
+    if isinstance(env, gymnasium.Env):
+        return True
     if looks_like_gymnasium(env):
         raise ValueError(f"`environment_factory` would make TRL tool environments: {how_to_wrap(env)}")
     step = getattr(env, "step", None)
-    if not isinstance(env, gymnasium.Env) and callable(step) and not inspect.getdoc(step):
+    if callable(step) and not inspect.getdoc(step):
         raise ValueError(
             f"{type(env).__name__} has a `step` but is no `gymnasium.Env`, so that it would be one of TRL's tool environments, whose "
             "methods are tools and need docstrings. For text episodes derive it from `trl_epo.envs.TextEnv`: its `reset(*, "
             "seed=None, options=None)` gives `(observation, info)`, its `step(action)` `(observation, reward, terminated, "
             "truncated, info)`."
         )
-    return isinstance(env, gymnasium.Env)
+    return False
