@@ -9,6 +9,7 @@ import math
 import pytest
 import torch
 from conftest import Corridor, make_model
+from datasets import Dataset
 from test_text_episodes import make_trainer, weights
 from trl import GRPOConfig
 
@@ -87,7 +88,13 @@ def test_another_mode_holds_and_tells_what_it_cuts(tmp_path, tokenizer, shift, m
 
 
 def test_without_an_environment_the_default_is_trls(tmp_path, tokenizer):
-    trainer = make_trainer(tmp_path, tokenizer, factory=None, trainer_kwargs={"reward_funcs": [len]})
+    trainer = make_trainer(
+        tmp_path,
+        tokenizer,
+        factory=None,
+        dataset=Dataset.from_dict({"prompt": ["a"]}),
+        trainer_kwargs={"reward_funcs": [len]},
+    )
     assert trainer.vllm_importance_sampling_mode == GRPOConfig.vllm_importance_sampling_mode == "sequence_mask"
 
 
