@@ -11,7 +11,7 @@ from transformers.utils import is_bitsandbytes_available
 from trl import ModelConfig, get_peft_config, get_quantization_config
 
 from ..config import EPOConfig
-from ..runs import check_unused, last_whole_checkpoint
+from ..runs import check_unused, last_whole_checkpoint, step_of
 from ..saved import is_adapter, load_adapter
 from ..trainer import EPOTrainer
 from .mistakes import UsageError, settings_checked
@@ -135,7 +135,7 @@ def _earlier_checkpoint(script: ScriptArguments, args: EPOConfig) -> str | None:
         raise UsageError(
             f"`output_dir` holds {found} of an earlier run. Go on from there with --resume, or name another folder, or remove that one."
         )
-    if 0 < args.max_steps < int(found.rpartition("-")[2]):
+    if 0 < args.max_steps < step_of(Path(found).name):
         raise UsageError(
             f"--resume: {found} is of more steps than `max_steps={args.max_steps}`, so it is of another run. Name another `output_dir`, "
             "or a checkpoint with --resume_from_checkpoint."

@@ -14,6 +14,7 @@ from .checkpoints import (
     finish_checkpoint,
     last_whole_checkpoint,
     rotate,
+    step_of,
 )
 from .folder_lock import LOCK_FILE, FolderInUse, check_unused, sole_run
 from .gloo import let_gloo_finish
@@ -66,4 +67,5 @@ __all__ = [
     "sharded_like",
     "shards_with_zero3",
     "sole_run",
+    "step_of",
 ]

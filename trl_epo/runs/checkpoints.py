@@ -75,7 +75,7 @@ def last_whole_checkpoint(run: str | os.PathLike) -> str | None:
     """
     missing = {folder.name: what_is_missing(folder) for folder in _checkpoints(Path(run))}
     everyones = gather_object([missing])
-    for name in sorted(missing, key=_step, reverse=True):
+    for name in sorted(missing, key=step_of, reverse=True):
         reasons = [each.get(name, "it is not there on every process") for each in everyones]
         reason = next((reason for reason in reasons if reason), None)
         if reason is None:
@@ -138,10 +138,11 @@ def _what_anothers_misses(folder: Path) -> str | None:
 def _checkpoints(run: Path) -> list[Path]:
     """The folders of checkpoints, by step."""
     folders = run.glob(f"{PREFIX_CHECKPOINT_DIR}-*") if run.is_dir() else ()
-    return sorted((f for f in folders if f.is_dir() and _step(f.name) is not None), key=lambda f: _step(f.name))
+    return sorted((f for f in folders if f.is_dir() and step_of(f.name) is not None), key=lambda f: step_of(f.name))
 
 
-def _step(name: str) -> int | None:
+def step_of(name: str) -> int | None:
+    """The step in the name of a checkpoint's folder; `None` if it is no such name."""
     number = name.removeprefix(f"{PREFIX_CHECKPOINT_DIR}-")
     return int(number) if number.isdecimal() else None
 
