@@ -10,6 +10,10 @@ come with the games, then EPO with a sparse reward. The panels are games of room
 (OOD). Every flag of EPOConfig works, e.g. `--advantage_estimator gae --critic_learning_rate 1e-4` for PPO.
 """
 
+from trl_epo import EPOConfig  # before torch: docs/speed.md, Few cores
+
+
+# isort: split
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -17,7 +21,6 @@ from datasets import Dataset
 from shared import PretrainedArguments, train_pretrained
 from trl import TrlParser
 
-from trl_epo import EPOConfig
 from trl_epo.envs.alfworld import AlfWorld, tasks
 
 

@@ -13,6 +13,10 @@ four times (`real`). What is there already is not done again: games, the warm po
 last checkpoint.
 """
 
+from trl_epo import EPOConfig, EPOTrainer  # before torch: docs/speed.md, Few cores
+
+
+# isort: split
 import time
 from dataclasses import dataclass, field
 from functools import partial
@@ -24,7 +28,6 @@ from shared import train_between_panels
 from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
 from trl import TrlParser
 
-from trl_epo import EPOConfig, EPOTrainer
 from trl_epo.envs.alfworld import AlfWorld, tasks, write_games
 from trl_epo.imitation import Demonstration, environment_expert, expert_episodes, warm_up
 

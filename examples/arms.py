@@ -9,6 +9,10 @@ come and arms that are in it are not run again, so several of these can share a 
 Of EPOConfig's flags only --max_steps, --learning_rate, --per_device_train_batch_size and --use_cpu act.
 """
 
+from trl_epo import EPOConfig, EPOTrainer  # before torch: docs/speed.md, Few cores
+
+
+# isort: split
 import json
 import random
 import statistics
@@ -20,7 +24,6 @@ from quickstart import DEMO_SETTINGS, WARM_UP_SETTINGS, game_text, make_househol
 from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
 from trl import TrlParser
 
-from trl_epo import EPOConfig, EPOTrainer
 from trl_epo.envs import household
 from trl_epo.imitation import Demonstration, environment_expert, expert_episodes, warm_up
 from trl_epo.rollouts import TurnView

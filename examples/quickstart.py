@@ -10,11 +10,15 @@ goal. A panel of rows that were never trained on is played before and after.
 Every flag of EPOConfig works, and another environment or model:
 
     python examples/quickstart.py --output_dir runs/sw --environment scienceworld --task lifespan-longest-lived
-    python examples/quickstart.py --output_dir runs/big --model HuggingFaceTB/SmolLM2-135M-Instruct --warm_up_episodes 0
+    python examples/quickstart.py --output_dir runs/big --model Qwen/Qwen2.5-1.5B-Instruct --warm_up_episodes 0
 
 Left out for brevity: checkpoints during the run (--save_steps), wandb (--report_to wandb), LoRA (peft_config=…).
 """
 
+from trl_epo import EPOConfig, EPOTrainer  # before torch: docs/speed.md, Few cores
+
+
+# isort: split
 import random
 import time
 from collections.abc import Iterable, Iterator
@@ -34,7 +38,6 @@ from transformers import (
 )
 from trl import TrlParser
 
-from trl_epo import EPOConfig, EPOTrainer
 from trl_epo.envs import household, scienceworld
 from trl_epo.imitation import Demonstration, environment_expert, expert_episodes, warm_up
 

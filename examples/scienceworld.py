@@ -12,13 +12,16 @@ Every flag of EPOConfig works, e.g. `--advantage_estimator gae --critic_learning
 `--warm_start` folder begin with the same warm policy.
 """
 
+from trl_epo import EPOConfig  # before torch: docs/speed.md, Few cores
+
+
+# isort: split
 from dataclasses import dataclass, field
 from functools import partial
 
 from shared import PretrainedArguments, train_pretrained
 from trl import TrlParser
 
-from trl_epo import EPOConfig
 from trl_epo.envs.scienceworld import ScienceWorld, tasks
 
 

@@ -2,6 +2,10 @@
 What the examples share: a training run between two looks at held-out panels, with what it leaves behind.
 """
 
+from trl_epo import EPOConfig, EPOTrainer  # before torch: docs/speed.md, Few cores
+
+
+# isort: split
 import json
 import resource
 import sys
@@ -23,7 +27,6 @@ from transformers import (
     set_seed,
 )
 
-from trl_epo import EPOConfig, EPOTrainer
 from trl_epo.envs import TextEnv
 from trl_epo.imitation import expert_episodes, warm_up
 from trl_epo.reports import plot_training

@@ -13,6 +13,10 @@ panel of rows that were never trained on for each environment, played before and
 `episode/success_rate_in/<environment>` is logged. Every flag of EPOConfig works.
 """
 
+from trl_epo import EPOConfig, EPOTrainer  # before torch: docs/speed.md, Few cores
+
+
+# isort: split
 import random
 import time
 from collections import deque
@@ -25,7 +29,6 @@ from shared import train_between_panels
 from transformers import set_seed
 from trl import TrlParser
 
-from trl_epo import EPOConfig, EPOTrainer
 from trl_epo.envs import TextEnv, household, textarena
 from trl_epo.imitation import Demonstration, environment_expert, expert_episodes, warm_up
 

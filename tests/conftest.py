@@ -67,7 +67,7 @@ def make_tokenizer(chat_template: str = CHATML) -> PreTrainedTokenizerFast:
 
 
 def make_model(
-    vocab_size: int = 400, seed: int = 0, context_length: int = 1024, hidden_size: int = 32
+    vocab_size: int = 400, seed: int = 0, context_length: int = 1024, hidden_size: int = 32, tied: bool = True
 ) -> LlamaForCausalLM:
     """A Llama of a few thousand weights."""
     torch.manual_seed(seed)
@@ -82,7 +82,7 @@ def make_model(
         bos_token_id=None,
         eos_token_id=2,
         pad_token_id=0,
-        tie_word_embeddings=True,
+        tie_word_embeddings=tied,
     )
     return LlamaForCausalLM(config)
 

@@ -35,11 +35,19 @@ FENCE = re.compile(r"^( *)```(\w*)[^\n]*\n(.*?)^\1```", re.MULTILINE | re.DOTALL
 by_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 
 # Of other programs
-OTHER_FLAGS = {"cpu", "multi_gpu", "num_processes", "config_file"}  # accelerate
+OTHER_FLAGS = {
+    "cpu",
+    "multi_gpu",
+    "num_processes",
+    "config_file",
+    "num_machines",
+    "machine_rank",
+    "main_process_ip",
+}  # accelerate
 OTHER_FLAGS |= {"shutdown-timeout", "signal", "no-deps", "no-build-isolation"}  # torchrun, SLURM, pip
 OTHER_FLAGS |= {"help-all"}
 OTHER_SETTINGS = {"max_concurrent_envs"}
-OTHER_NAMES = {"trl_epo.json", "trl_epo.episodes", "test_runtime", "eval_kl", "project_urls"}
+OTHER_NAMES = {"trl_epo.json", "trl_epo.episodes", "test_runtime", "eval_kl", "reward_std", "project_urls"}
 
 
 def fences(page, *languages):

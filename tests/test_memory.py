@@ -6,9 +6,10 @@ import pytest
 import torch
 from conftest import PATIENT_RUN, Corridor, make_model
 from datasets import Dataset
-from samplers import refuse_caches
+from samplers import in_buckets, refuse_caches
 
 from trl_epo import EPOConfig, EPOTrainer
+from trl_epo.sampling.kv_cache import _Layer
 
 
 RUN = {
@@ -130,6 +131,32 @@ def test_as_many_as_fit_are_played_at_once(tmp_path, tokenizer, free):
     asked, _ = make_trainer(tmp_path / "asked", tokenizer, max_concurrent_episodes=6)
     asked.evaluate(asked.train_dataset)
     assert (Counting.made, free["asked"]) == (6, 2)
+
+
+def test_that_a_batch_does_not_fit_is_said_once(tmp_path, tokenizer, free, caplog):
+    free["bytes"] = 3
+    trainer, _ = make_trainer(tmp_path, tokenizer, max_completion_length=100)
+    trainer.evaluate(trainer.train_dataset)
+    trainer.evaluate(trainer.train_dataset)
+    (told,) = [message for message in caplog.messages if "fit into the memory" in message]
+    assert told.startswith("3 of the batch's 8 episodes fit into the memory at once if each takes 1")
+    assert "`max_completion_length`, observations included" in told
+
+
+@pytest.mark.parametrize("at_once", [None, 5])
+def test_the_cache_has_no_more_rows_than_are_played_at_once(tmp_path, tokenizer, at_once):
+    rows, fitted = set(), _Layer._fitted
+
+    def note(layer, old, like):
+        rows.add(layer.cache.row_capacity)
+        return fitted(layer, old, like)
+
+    with in_buckets(), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(_Layer, "_fitted", note)
+        trainer, _ = make_trainer(tmp_path, tokenizer, max_concurrent_episodes=at_once, max_steps=1)
+        trainer.train()
+    assert max(rows) == (at_once or 8)  # and not 8, the bucket of 5
+    assert trainer.player.num_fitting == math.inf
 
 
 def test_the_longest_context(tmp_path, tokenizer):

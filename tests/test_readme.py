@@ -25,7 +25,7 @@ class Walk(Corridor):
     instructions = "You are in a corridor. Answer with one of: left, right. For example: left"
     commands = ("left", "right", "open", "look")
 
-    def __init__(self, list_actions):
+    def __init__(self, list_actions, searching_expert):
         super().__init__(length=4, turns=5)
 
     def reset(self, *, seed=None, options=None):
@@ -57,7 +57,7 @@ def test_the_ten_lines_learn(tmp_path, tokenizer, capsys):
         "per_device_train_batch_size=4,\n        gradient": "per_device_train_batch_size=32, per_device_eval_batch_size=50,\n        gradient",
         "gradient_accumulation_steps=8": "gradient_accumulation_steps=1",
         "learning_rate=2e-4": "learning_rate=2e-3",
-        "learning_rate=1e-3": "learning_rate=4e-3",
+        "learning_rate=1e-3": "learning_rate=3e-3",
         '    peft_config=LoraConfig(r=16, lora_alpha=32, target_modules="all-linear"),\n': "",  # nothing is learned on top of random weights
         "from trl_epo.envs.household import Household, tasks": "",
     }.items():

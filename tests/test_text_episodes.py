@@ -657,6 +657,10 @@ class TestWithTrl:
                 {"generation_kwargs": {"n": 2}, "use_transformers_continuous_batching": True},
                 r"`generation_kwargs` sets \['n'\]",
             ),
+            (
+                {"bf16": True, "use_transformers_continuous_batching": True},
+                "TRL casts the model to torch.bfloat16 and leaves it so, but the weights that are trained are torch.float32",
+            ),
         ],
     )
     def test_generation_settings_that_cannot_be_honoured(self, tmp_path, tokenizer, settings, message):

@@ -299,7 +299,7 @@ class EPOConfig(GRPOConfig):
         default=None,
         metadata={
             "help": "Longest action text of one turn, in new tokens, thoughts included. A turn that is cut there still "
-            "acts. None: 512, and 2048 where the chat template lets the model think first."
+            "acts, unless within a thought. None: 512, and 2048 where the chat template lets the model think first."
         },
     )
     max_completion_length: int | None = field(

@@ -17,6 +17,7 @@ from trl_epo.envs.base import EnvironmentDied
 from trl_epo.envs.fork_server import PROCESS_NAME, SERVER_NAME
 from trl_epo.envs.household import Household
 from trl_epo.envs.process import ProcessEnv
+from trl_epo.imitation import environment_expert
 from trl_epo.rollouts.environment_pool import EnvironmentWorker
 
 
@@ -40,6 +41,16 @@ def test_plays_as_in_one_process():
         for action in ("look", "open fridge", "nonsense", "look", "look"):
             assert there.step(action) == here.step(action)
     there.close()
+
+
+def test_its_expert_is_asked_there(env):
+    there, here = ProcessEnv(Household), Household()
+    there.reset(seed=3)
+    here.reset(seed=3)
+    assert there.expert_action() == here.expert_action()
+    assert environment_expert(there)("", {}) == here.expert_action()
+    there.close()
+    assert not hasattr(env, "expert_action") and not hasattr(env, "expert_actions")
 
 
 def test_a_process_of_its_own_that_ends_with_it(env):

@@ -150,6 +150,12 @@ class TestEpisodes:
         with pytest.raises(ValueError, match="`noise` wants an expert that can go on from any state.*Listed"):
             expert_episodes(trainer, ROWS, noise=0.5)
 
+    def test_mistakes_of_nothing(self, tmp_path, tokenizer):
+        with pytest.raises(
+            ValueError, match=r"`noise` is 0.5, but mistakes are made of `info\['admissible_actions'\]`"
+        ):
+            expert_episodes(make_trainer(tmp_path, tokenizer), ROWS, noise=0.5)
+
     def test_an_expert_that_has_no_more_to_say_ends_the_episode(self, tmp_path, tokenizer):
         def expert(env):
             texts = iter(["right"])

@@ -95,6 +95,7 @@ def train(folder: Path) -> None:
         trainer = make_trainer(folder / strategy, base, False, hub_strategy=strategy, **push)
         trainer.train()
         assert (folder / strategy / "episodes" / "failures.jsonl").exists()
+        (folder / strategy / "viewer.html").touch()
         trainer.save_model()
         trainer.save_state()
         trainer.push_to_hub()

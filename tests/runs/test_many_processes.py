@@ -71,6 +71,8 @@ SHARDED_CASES = {
     "best": {"settings": GAE | SAVED | BEST},
     "a rank fails": {"settings": GAE | {"critic_warmup_steps": 1}, "from_folder": True, "broken": SECOND_HALF},
 }
+# What is large and not tied accelerate shards in another way
+GENERATES = {"settings": {}, "generates": True, "model": {"tied": False}}
 BF16 = {"settings": {"bf16": True}}
 OVERFLOW = {"settings": GAE | {"critic_warmup_steps": 1}, "overflow": 1}
 # On the first process, for the checkpoints of these steps
@@ -134,7 +136,11 @@ def two(tmp_path_factory):
     """The folder with two processes' results, with all weights on each and with shards."""
     folder = tmp_path_factory.mktemp("two")
     more = {"fsdp2 bf16": BF16 | {"kind": "fsdp2"}, "fsdp2 overflow": OVERFLOW | {"kind": "fsdp2"}}
-    more |= {"no room": NO_ROOM, "fsdp2 no room": NO_ROOM | {"kind": "fsdp2"}}
+    more |= {
+        "fsdp2 generates": GENERATES | {"kind": "fsdp2"},
+        "no room": NO_ROOM,
+        "fsdp2 no room": NO_ROOM | {"kind": "fsdp2"},
+    }
     done = launch(CASES | sharded("fsdp2", folder) | more, folder)
     assert done.returncode == 0, done.stderr[-3000:]
     return folder
@@ -207,6 +213,10 @@ def test_a_rank_whose_episodes_all_fail_costs_these_only(one, two):
 @pytest.mark.parametrize("name", SHARDED_CASES)
 def test_fsdp2_equals_one_process(one, two, name):
     assert_sharded_equals_one(one, two, "fsdp2", "FSDP", name)
+
+
+def test_fsdp2_where_turns_go_through_generate(one, two):
+    assert_equal(read(two, "fsdp2 generates"), one("generates", GENERATES))
 
 
 def test_entropies_of_fsdp2_are_not_rounded_to_bf16(one, two):

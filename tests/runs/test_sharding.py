@@ -32,6 +32,10 @@ def test_rollouts():
     check_rollouts(ZERO3, calls_whole_model=False)
     for fine in (DDP, FSDP2, ZERO2):
         check_rollouts(fine, calls_whole_model=True)
+    with pytest.raises(ValueError, match="Leave `use_transformers_continuous_batching` out, or use vLLM"):
+        check_rollouts(FSDP2, calls_whole_model=True, casts_weights=True)
+    for fine in (DDP, ZERO2):
+        check_rollouts(fine, calls_whole_model=True, casts_weights=True)
 
 
 def test_critic(tmp_path):

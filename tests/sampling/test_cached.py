@@ -252,6 +252,19 @@ class TestOutOfMemory:
         with pytest.raises(MemoryError, match="a single episode .* of 3 tokens: lower `max_completion_length`"):
             sample(greedy, {0: [5, 6, 7]}, limit=2)
 
+    @pytest.mark.parametrize(
+        "text",
+        [
+            "CUDA error: out of memory",
+            "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`",
+            "Triton Error [CUDA]: out of memory",
+            "[enforce fail at alloc_cpu.cpp:121] data. DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes.",
+        ],
+    )
+    def test_whoever_says_that_there_is_no_room(self, text):
+        assert memory.is_out_of_memory(RuntimeError(text))
+        assert not memory.is_out_of_memory(RuntimeError("CUDA error: an illegal memory access was encountered"))
+
     def test_another_error_is_one(self, model):
         with (
             model.model.register_forward_pre_hook(lambda *args: 1 // 0),
@@ -626,6 +639,20 @@ class TestRotations:
         return play(model, [num_turns] * 2, prompts, max_concurrent=2)
 
 
+def test_requests_of_one_limit_go_together():
+    asked = []
+
+    def generate(prompts, max_new_tokens):
+        asked.append((prompts, max_new_tokens))
+        return [[9] * max_new_tokens for _ in prompts], None
+
+    requests = RequestTurnSampler(generate)
+    for episode, room in enumerate([8, 3, 8, 1]):  # two near the end of their context, which has no room for 8 more
+        requests.add(episode, [episode], room)
+    assert [(episode, len(turn.token_ids)) for episode, turn in requests.advance()] == [(0, 8), (1, 3), (2, 8), (3, 1)]
+    assert asked == [([[3]], 1), ([[1]], 3), ([[0], [2]], 8)]
+
+
 @pytest.mark.parametrize("answer", [[[1], []], [[1]]])
 def test_backend_that_loses_a_request(answer):
     requests = RequestTurnSampler(lambda prompts, limit: (answer, None))
@@ -642,10 +669,9 @@ def test_requests_carry_the_whole_transcript():
 
     requests = RequestTurnSampler(generate)
     requests.add(0, [1], 3)
-    requests.add(1, [2], 2)
+    requests.add(1, [2], 3)
     samples = dict(requests.advance())
-    assert samples[0].token_ids == [10, 11, 12]
-    assert samples[1].token_ids == [10, 11]  # cut to its own limit
+    assert samples[0].token_ids == samples[1].token_ids == [10, 11, 12]
     requests.drop(0)
     sample(requests, {1: [5]}, limit=3)
-    assert asked == [([[1], [2]], 3), ([[2, 10, 11, 5]], 3)]
+    assert asked == [([[1], [2]], 3), ([[2, 10, 11, 12, 5]], 3)]

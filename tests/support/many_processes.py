@@ -78,6 +78,12 @@ class PlacedTrainer(EPOTrainer):
         return loss
 
 
+class GeneratingTrainer(PlacedTrainer):
+    """Plays as if its model were one that the cache does not fit: by `generate`."""
+
+    _unfit_for_cached_sampler = "a test wants it"
+
+
 def make_trainer(folder: str, case: dict) -> PlacedTrainer:
     """The trainer of a case; its settings are of all processes together."""
     kind = case.get("kind", "replicated")
@@ -118,9 +124,9 @@ def make_trainer(folder: str, case: dict) -> PlacedTrainer:
         settings |= {"accelerator_config": {"use_configured_state": True}, "use_cpu": False}
         settings |= {"deepspeed": DEEPSPEED | {"zero_optimization": zero}}
     args = EPOConfig(folder, **settings)
-    model = str(Path(folder).parent / BEGIN) if case.get("from_folder") else make_model()
+    model = str(Path(folder).parent / BEGIN) if case.get("from_folder") else make_model(**case.get("model", {}))
     rows = Dataset.from_dict({"prompt": [[]] * 4})
-    trainer = PlacedTrainer(
+    trainer = (GeneratingTrainer if case.get("generates") else PlacedTrainer)(
         model,
         args=args,
         train_dataset=rows,

@@ -70,6 +70,10 @@ def _report(trainer: EPOTrainer, one_batch: _OneBatch, output_dir: str) -> str:
         f"{len(batch.summaries)} episodes, {sum(summary.num_turns for summary in batch.summaries)} actions",
         f"invalid actions    {_percent(logged[0], 'episode/invalid_actions')}",
         f"success            {_percent(logged[0], 'episode/success_rate')}",
+        f"equal rewards      {_percent(logged[0], 'frac_reward_zero_std')} of the groups, which teach nothing",
+        f"cut turns          {_percent(logged[0], 'episode/cut_turns')}, in a thought {_percent(logged[0], 'episode/cut_thoughts')}",
+        f"ended by           {_stop_reasons(logged[0])}",
+        f"entropy            {float(logged[0]['entropy']):.3f} nats",
         f"tokens an episode  {sum(lengths) / len(lengths):.0f} on average, {max(lengths)} at most",
         f"loss               {float(logged[0]['loss']):.4g}",
         f"peak memory        {_peak_memory(trainer.args)}",
@@ -94,6 +98,13 @@ def _transcript(episode: Episode) -> str:
 
 def _percent(logged: dict[str, float], name: str) -> str:
     return f"{float(logged[name]):.1%}" if name in logged else "not told by the environment"
+
+
+def _stop_reasons(logged: dict[str, float]) -> str:
+    shares = {
+        name.removeprefix("episode/stop/"): float(value) for name, value in logged.items() if "episode/stop/" in name
+    }
+    return ", ".join(f"{reason} {share:.1%}" for reason, share in shares.items() if share) or "nothing"
 
 
 def _peak_memory(args: EPOConfig) -> str:

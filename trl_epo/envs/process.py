@@ -4,6 +4,7 @@ import os
 import sys
 from collections.abc import Callable
 from contextlib import suppress
+from functools import partial
 from typing import Any
 
 import gymnasium
@@ -63,6 +64,14 @@ class ProcessEnv(TextEnv):
     def instructions(self) -> str | None:  # type: ignore[override]  # asked of the process
         self._have_process()
         return self._ask(_instructions)
+
+    def __getattr__(self, name: str) -> Any:
+        # Of the environment's expert, if it has one (`trl_epo.imitation`); any other name is no one's
+        if name in ("expert_action", "expert_actions"):
+            self._have_process()
+            if self._ask(_has, name):
+                return partial(self._ask, call_method, name)
+        raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
 
     def close(self) -> None:
         if self._process is not None:
@@ -146,6 +155,10 @@ def _instructions() -> str | None:
 
 def _step(action: str) -> Any:
     return _env.step(action)
+
+
+def _has(name: str) -> bool:
+    return hasattr(_made().unwrapped, name)
 
 
 def call_method(name: str) -> Any:

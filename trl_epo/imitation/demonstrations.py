@@ -101,6 +101,11 @@ class Demonstration(gymnasium.Wrapper):
         self.mistakes, self._turn = [], 0
         self._possible = [*self._possible[-1:], {}]
         self._say = self.expert(self.env)
+        if self.noise and "admissible_actions" not in info:
+            raise ValueError(
+                f"`noise` is {self.noise}, but mistakes are made of `info['admissible_actions']`, which the environment does not "
+                "tell. Have its `reset` and `step` tell them, or leave `noise` out."
+            )
         self._choose(observation, info)
         if self.text is None:
             raise RuntimeError("The expert says nothing to the first observation.")

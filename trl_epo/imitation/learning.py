@@ -73,8 +73,8 @@ def warm_up(
         check_every (`int`, *optional*, defaults to `50`):
             Optimizer steps between two of these evaluations.
         kwargs:
-            Of [`~trl.SFTConfig`], such as `num_train_epochs`, `learning_rate`, `per_device_train_batch_size`. Precision,
-            gradient checkpointing, device and seed are the trainer's.
+            Of [`~trl.SFTConfig`], such as `num_train_epochs` (1 if it is not given), `learning_rate` (2e-5) and
+            `per_device_train_batch_size` (4). Precision, gradient checkpointing, device and seed are the trainer's.
 
     Returns:
         `float` or `None`: The last evaluation's success, if there was one.
@@ -100,6 +100,7 @@ def warm_up(
     else:
         with own_randomness(trainer.args.seed, trainer.accelerator.device):
             _imitate(trainer, rows, [] if until_success is None else [stop], kwargs)
+        trainer.weights_have_changed()
     # Of the looks the last one is of the policy that training begins with
     log[num_logged:] = [entry | {"step": 0} for entry in log[num_logged:] if entry["step"] == stop.last_look]
     if until_success is not None and stop.success < until_success:
@@ -123,6 +124,9 @@ def _imitate(trainer: EPOTrainer, rows: list[dict], callbacks: list[TrainerCallb
     settings = {
         "output_dir": str(Path(args.output_dir, "warm_up")),
         "max_length": None,  # episodes have their bounds
+        "num_train_epochs": 1,
+        "learning_rate": 2e-5,
+        "per_device_train_batch_size": 4,
         "save_strategy": "no",
         "report_to": "none",
         **{

@@ -14,7 +14,7 @@ class PastTurn(NamedTuple):
     A turn that is over.
 
     Args:
-        observation (`str`): What the model answered.
+        observation (`str`): What the model had read when it acted.
         text (`str`): What it wrote.
         action (`str`): The action found in it; the text, if none was.
     """

@@ -125,7 +125,7 @@ class Episode:
 
     @property
     def observations(self) -> list[str]:
-        """What each turn's action answered."""
+        """What the model had read last before each turn's action."""
         return [self.first_observation, *(turn.observation for turn in self.turns)][: len(self.turns)]
 
     @property

@@ -217,8 +217,16 @@ class EpisodePlayer:
         """
         if self.num_fitting is None:
             self.num_fitting = min(gather_object([sampler.num_fitting()]))
-            logger.info("%s episodes fit into the memory at once.", self.num_fitting)
-        sampler.hold_at_most(self.num_fitting)
+            if self.num_fitting < self._batch_size and self._accelerator.is_main_process:
+                logger.warning(
+                    "%d of the batch's %d episodes fit into the memory at once if each takes %d tokens. If they take less, say so: "
+                    "`max_completion_length`, observations included. Or set `max_concurrent_episodes`.",
+                    self.num_fitting,
+                    self._batch_size,
+                    self.longest_context,
+                )
+        at_once = min(self.num_fitting, self.limits.max_concurrent_episodes)
+        sampler.hold_at_most(at_once)
         places = self._places(mode, len(rows))
         num_generations = self._args.num_generations if mode == "train" else self._num_generations_eval
         groups = [place // num_generations for place in places]
@@ -233,7 +241,8 @@ class EpisodePlayer:
             num_resampled += num_groups
             for i, episode in zip(flat, self._play([others[i] for i in flat], sampler), strict=True):
                 episodes[i] = episode
-        self.num_fitting = min(gather_object([sampler.max_episodes]))
+        if (fitted := min(gather_object([sampler.max_episodes]))) < at_once:
+            self.num_fitting = fitted
         summaries = [EpisodeSummary.of(episode, group) for episode, group in zip(episodes, groups, strict=True)]
         summaries = gather_object(summaries)
         failures = self.failures.share(mode, step=step, rl_step=rl_step)

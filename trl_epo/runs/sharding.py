@@ -37,13 +37,14 @@ def shards_with_zero3(accelerator: Accelerator) -> bool:
     return accelerator.distributed_type == DistributedType.DEEPSPEED and accelerator.deepspeed_plugin.zero_stage == 3
 
 
-def check_rollouts(accelerator: Accelerator, calls_whole_model: bool) -> None:
+def check_rollouts(accelerator: Accelerator, calls_whole_model: bool, casts_weights: bool = False) -> None:
     """
     Check that each process can play its episodes at its own pace, which the processes' weights must not wait for.
 
     Args:
         accelerator ([`~accelerate.Accelerator`]): The trainer's.
         calls_whole_model (`bool`): Whether each turn goes through the `generate` of transformers.
+        casts_weights (`bool`): Whether each turn begins with a cast of the model, as TRL's continuous batching does.
 
     Raises:
         ValueError: If the weights of all processes are needed again and again.
@@ -60,6 +61,13 @@ def check_rollouts(accelerator: Accelerator, calls_whole_model: bool) -> None:
             "Text episodes end at different turns on different processes, but without the key/value cache kept over turns "
             "(continuous batching, or a model that it does not fit) ZeRO-3 gathers the weights for each turn, on all "
             "processes at once. Use ZeRO-2, FSDP 2 or vLLM."
+        )
+
+    if accelerator.is_fsdp2 and casts_weights:
+        raise ValueError(
+            "Text episodes end at different turns on different processes, but for continuous batching TRL casts the model each "
+            "turn, after which FSDP 2 gathers its weights on all processes at once. Leave "
+            "`use_transformers_continuous_batching` out, or use vLLM."
         )
 
 
@@ -90,15 +98,15 @@ def check_critic(args: TrainingArguments, accelerator: Accelerator) -> None:
         )
 
 
-def optimizer_bytes_to_come(accelerator: Accelerator) -> int:
+def optimizer_bytes_to_come(accelerator: Accelerator, with_gradients: bool = False) -> int:
     """
     What the optimizers of a run will take of this process's device in their first step, in bytes: two states for each weight
-    or shard of one, as Adam has; nothing afterwards.
+    or shard of one, as Adam has, and if asked for its gradient; nothing afterwards.
     """
     optimizers = [optimizer for optimizer in accelerator._optimizers if not optimizer.state]
     weights = [weight for optimizer in optimizers for group in optimizer.param_groups for weight in group["params"]]
     shards = [weight.to_local() if isinstance(weight, DTensor) else weight for weight in weights]
-    return sum(2 * shard.nbytes for shard in shards)
+    return sum((3 if with_gradients else 2) * shard.nbytes for shard in shards)
 
 
 @contextmanager
@@ -113,7 +121,8 @@ def called_alone(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def _whole_weights(model: nn.Module) -> Iterator[None]:
-    """While this lasts each process has all weights that FSDP 2 shards, also after a forward."""
+    """While this lasts each process has all weights that FSDP 2 shards, also after a forward, and `generate` waits for no other."""
+    managed = [module for module in model.modules() if getattr(module, "_is_fsdp_managed_module", False)]
     modules = [module for module in model.modules() if isinstance(module, FSDPModule)]
     groups = [group for module in modules for group in module._get_fsdp_state()._fsdp_param_groups]
     after_forward = [group.post_forward_mesh_info for group in groups]
@@ -122,9 +131,13 @@ def _whole_weights(model: nn.Module) -> Iterator[None]:
     for group in groups:
         # What `set_reshard_after_forward(False)` sets, which cannot be undone: nothing tells what it was.
         group.post_forward_mesh_info = None
+    for module in managed:
+        module._is_fsdp_managed_module = False
     try:
         yield
     finally:
+        for module in managed:
+            module._is_fsdp_managed_module = True
         for group, info in zip(groups, after_forward, strict=True):
             group.post_forward_mesh_info = info
         for module in modules:

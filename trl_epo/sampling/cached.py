@@ -9,14 +9,13 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import torch
-from accelerate.utils.memory import should_reduce_batch_size
 from torch import Tensor, nn
 from transformers import LogitsProcessorList, PreTrainedConfig, PreTrainedModel
 
 from ..batches import length_groups
 from .decoding import NUMBERS, DecodeStep, Drawing, Masks, number_dtype
 from .kv_cache import EpisodeCache
-from .memory import Footprint, free_memory, num_fitting
+from .memory import Footprint, free_memory, is_out_of_memory, num_fitting
 from .processors import READS_HISTORY
 from .turns import EpisodeNumbers, Sample
 
@@ -255,7 +254,7 @@ class CachedTurnSampler:
         try:
             self._advance()
         except RuntimeError as error:
-            if not should_reduce_batch_size(error):
+            if not is_out_of_memory(error):
                 raise
             if len(self._in_cache()) <= 1:
                 raise MemoryError(

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+from accelerate.utils.memory import should_reduce_batch_size
 from transformers import PreTrainedConfig
 
 
@@ -95,6 +96,12 @@ class Footprint:
             groups.append(sorted(order[:rows]))
             order = order[rows:]
         return groups
+
+
+def is_out_of_memory(error: RuntimeError) -> bool:
+    """Whether there was no room, whoever says so: PyTorch's allocators, CUDA, cuBLAS or Triton."""
+    text = str(error)
+    return should_reduce_batch_size(error) or "out of memory" in text.lower() or "ALLOC_FAILED" in text
 
 
 def free_memory(device: torch.device) -> float:

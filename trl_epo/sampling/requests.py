@@ -55,8 +55,12 @@ class RequestTurnSampler:
     def advance(self) -> list[tuple[int, Sample]]:
         asked, self._asked = self._asked, {}
         episodes = list(asked)
-        groups = [episodes]
-        if self._together is not None:
+        if self._together is None:
+            # By limit: a prompt near the end of the context leaves no room for what another may still say
+            groups = [
+                [episode for episode in episodes if asked[episode] == limit] for limit in sorted({*asked.values()})
+            ]
+        else:
             lengths = [len(self._transcripts[episode]) for episode in episodes]
             groups = [[episodes[place] for place in group] for group in self._together(lengths, max(asked.values()))]
         finished = [sample for group in groups for sample in self._ask({episode: asked[episode] for episode in group})]

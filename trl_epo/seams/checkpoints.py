@@ -163,6 +163,11 @@ class FaultTolerantGRPOTrainer(PushingGRPOTrainer):
     def restore_pending_figures(self, figures: dict[str, Any]) -> None:
         """Take what [`pending_figures`] gave."""
 
+    def weights_have_changed(self) -> None:
+        """To be called where they have, other than by an optimizer step: vLLM then gets them before it samples again."""
+        if self.use_vllm:
+            self._last_loaded_step = -1
+
     def step_ended(self, logs: bool) -> None:
         """Called after each optimizer step, once the device has made it, on every process; `logs`: a log entry follows."""
 
@@ -176,8 +181,7 @@ class FaultTolerantGRPOTrainer(PushingGRPOTrainer):
         # What an earlier run of this trainer has left
         self._step, self._buffered_inputs, self._losses_to_log = 0, None, None
         self._metrics["train"].clear()
-        if self.use_vllm:
-            self._last_loaded_step = -1
+        self.weights_have_changed()
         with self._interruption as interruption:
             result = super().train(checkpoint, *args, **kwargs)
         if interruption.requested:
@@ -393,6 +397,7 @@ class FaultTolerantGRPOTrainer(PushingGRPOTrainer):
 
     def _load_best_model(self):
         super()._load_best_model()
+        self.weights_have_changed()
         self._logged_before_best = len(self.state.log_history)
         self.load_best_extras(self.state.best_model_checkpoint)
 

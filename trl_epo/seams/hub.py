@@ -38,9 +38,10 @@ SIGNATURES = {
 # Attributes that GRPOTrainer or Trainer sets and this module reads or sets.
 ATTRIBUTES = ("hub_model_id", "commit_scheduler")
 CARD = "README.md"
-# What stays on the machine when Trainer pushes a folder: notes that hold paths and tracebacks; a pickle of all settings, the
-# token of the Hub included; a checkpoint that was downloaded to resume from, which would take the place of a newer one.
-NOT_PUSHED = ("episodes/*", TRAINING_ARGS_NAME, "last-checkpoint/*", LOCK_FILE)
+# What stays on the machine when Trainer pushes a folder: notes that hold paths and tracebacks, and the viewer's page of them; a pickle
+# of all settings, the token of the Hub included; a checkpoint that was downloaded to resume from, which would take the place of
+# a newer one.
+NOT_PUSHED = ("episodes/*", "viewer.html", TRAINING_ARGS_NAME, "last-checkpoint/*", LOCK_FILE)
 
 
 @cache  # one thread for all pushes, so that they arrive in their order

@@ -27,7 +27,7 @@ from ..sampling import (
     unfit_for_cached_sampler,
 )
 from .checkpoints import FaultTolerantGRPOTrainer
-from .vllm import engine_turns, sync_weights
+from .vllm import check_sampling_parameters, engine_turns, sync_weights
 
 
 logger = logging.get_logger(__name__)
@@ -158,7 +158,11 @@ class SamplingGRPOTrainer(FaultTolerantGRPOTrainer):
                     processors=make_logits_processors(self.accelerator.device, **settings),
                     tells_entropies=not was_training and self.args.keep_episodes > 0,
                     longest_context=longest_context,
-                    bytes_to_come=optimizer_bytes_to_come(self.accelerator),
+                    bytes_to_come=optimizer_bytes_to_come(
+                        self.accelerator,
+                        # Some batches are then played while gradients are being added up
+                        with_gradients=self.args.steps_per_generation < self.args.gradient_accumulation_steps,
+                    ),
                 )
                 with closing(sampler):
                     yield sampler
@@ -216,8 +220,11 @@ class SamplingGRPOTrainer(FaultTolerantGRPOTrainer):
                 "weight sync and the prefix cache."
             )
         # The engine knows the end-of-turn tokens of the model's folder, whose tokenizer may not be the trainer's.
-        generation.generation_kwargs = {"stop_token_ids": self.eos_token_ids, **generation.generation_kwargs}
+        given = generation.generation_kwargs
+        ends = {*self.eos_token_ids, *given.get("stop_token_ids", ())}
+        generation.generation_kwargs = {**given, "stop_token_ids": sorted(ends)}
         if self._drives_engine:
+            check_sampling_parameters(given)
             # TRL starts the engine with a seed of its own, which also seeds this process.
             set_seed(self.args.seed, device_specific=True)
 

@@ -217,7 +217,16 @@ class SeamedGRPOTrainer(SamplingGRPOTrainer):
             )
         if not self.use_vllm:
             slow = self.use_transformers_continuous_batching or self._unfit_for_cached_sampler
-            check_rollouts(self.accelerator, calls_whole_model=bool(slow))
+            batching = self.use_transformers_continuous_batching
+            check_rollouts(self.accelerator, calls_whole_model=bool(slow), casts_weights=batching)
+            trained = {weight.dtype for weight in self.model.parameters() if weight.requires_grad}
+            cast_to = torch.bfloat16 if self.args.bf16 else torch.float16 if self.args.fp16 else None
+            if batching and cast_to and trained != {cast_to}:
+                raise ValueError(
+                    f"For `use_transformers_continuous_batching` TRL casts the model to {cast_to} and leaves it so, but the weights "
+                    f"that are trained are {', '.join(map(str, trained))}. Set `bf16=False` and `fp16=False`, load the model in "
+                    "that type, or leave continuous batching out, which text episodes do not need."
+                )
         else:
             self._prepare_vllm()
         self._plays_episodes = True

@@ -9,6 +9,10 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
+from accelerate.utils import is_peft_model
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from trl.generation import vllm_generation
 
 from ..sampling import Answer, EngineTurnSampler
@@ -72,14 +76,54 @@ class ColocatedEngine:
         self._engine.abort_request(request_ids)
 
 
+def check_sampling_parameters(generation_kwargs: dict[str, Any]) -> None:
+    """Raise a `ValueError` if vLLM does not take one of these."""
+    from vllm import SamplingParams
+
+    try:
+        SamplingParams(**generation_kwargs)
+    except (TypeError, ValueError) as error:
+        raise ValueError(
+            f"`generation_kwargs` is {generation_kwargs}, which vLLM's `SamplingParams` does not take: {error}"
+        ) from error
+
+
 def sync_weights(generation: Any) -> None:
     """Give vLLM the policy's weights, without keys and values of older ones; called by all processes at once."""
-    generation.sync_weights()
+    with _bases_kept(generation.model):
+        generation.sync_weights()
     if generation.mode == "colocate" and generation.llm.reset_prefix_cache() is False:
         raise RuntimeError(
             "vLLM could not forget the keys and values of older weights, since some of them are in use: another request is under "
             "way. Leave the trainer's engine to the trainer."
         )
+
+
+@contextmanager
+def _bases_kept(model: nn.Module) -> Iterator[None]:
+    """
+    The weights below an adapter are the same afterwards. For vLLM TRL adds the adapter to them and takes it away again, which
+    rounds them each time (and quantizes them again, in four bits): they would drift from those that the adapter is saved for.
+    """
+    layers = [layer for layer in model.modules() if isinstance(layer, BaseTunerLayer)] if is_peft_model(model) else []
+    bases = [layer.get_base_layer() for layer in layers]
+    # What ZeRO-3 has sharded it takes back from the shards. On the host, as a device may have no room for all of them.
+    kept = [
+        (base, name, weight, _of_this_process(weight).to("cpu", copy=True))
+        for base in bases
+        for name, weight in base.named_parameters(recurse=False)
+        if not hasattr(weight, "ds_id")
+    ]
+    try:
+        yield
+    finally:
+        for base, name, weight, values in kept:
+            base._parameters[name] = weight  # a quantized one is another object now
+            _of_this_process(weight).copy_(values)
+
+
+def _of_this_process(weight: Tensor) -> Tensor:
+    return (weight.to_local() if isinstance(weight, DTensor) else weight).detach()
 
 
 @contextmanager
@@ -90,6 +134,8 @@ def engine_turns(generation: Any, device: torch.device) -> Iterator[EngineTurnSa
     """
     sleeps = generation.enable_sleep_mode
     if sleeps:
+        if device.type != "cpu":
+            torch.accelerator.empty_cache()  # what the weight sync has left: vLLM takes memory of the device itself
         generation.llm.wake_up(tags=["kv_cache"])
     sampler = EngineTurnSampler(ColocatedEngine(generation))
     devices = [] if device.type == "cpu" else [device]
