@@ -6,8 +6,8 @@ A small new policy learns ALFWorld: GRPO or PPO with EPO's term, on games of all
     python examples/alfworld_small.py --output_dir runs/alfworld-small/ppo-0 --warm_start runs/alfworld-small/warm-0 --seed 0 \\
         --advantage_estimator gae --critic_learning_rate 1e-3 --critic_warmup_steps 5 --gae_lambda 0.95
 
-A new Llama with a tokenizer trained on the game's text imitates an expert that errs in three of ten turns (the warm-up), on drawn
-games and, with --data, on ALFWorld's own train games, until it wins a quarter of 100 other drawn games. Then it is trained on
+A new Llama with a tokenizer trained on the game's text imitates an expert that looks for things and errs in three of ten turns (the
+warm-up), on drawn games and, with --data, on ALFWorld's own train games, until it wins a quarter of 100 other drawn games. Then it is trained on
 drawn games. The panels are 200 drawn games of other seeds (`iid`) and, with --data, ALFWorld's own valid_seen games, each played
 four times (`real`). What is there already is not done again: games, the warm policy, the first panels, and the steps up to the
 last checkpoint.
@@ -48,7 +48,7 @@ class AlfWorldArguments:
 SETTINGS = {
     **DEMO_SETTINGS,
     "output_dir": "runs/alfworld-small/run",
-    "max_steps": 100,
+    "max_steps": 150,
     "per_device_eval_batch_size": 100,
     "max_turns": 30,
     "max_turn_length": 16,
@@ -76,7 +76,7 @@ def main() -> None:
     script, args = parser.parse_args_and_config()
     set_seed(args.seed)
     start = time.perf_counter()
-    factory = partial(AlfWorld, turns=args.max_turns, instructions=None, repeat_task=True)
+    factory = partial(AlfWorld, turns=args.max_turns, instructions=None, repeat_task=True, searching_expert=True)
     panels = {"iid": drawn(script, "valid_seen", script.panel_size, 0)}
     if script.data:
         real = tasks("valid_seen", script.names, script.data)

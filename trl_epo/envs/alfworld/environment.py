@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..base import TextEnv, with_actions
 from ..process import ProcessEnv, call_method
+from .search import ON_THE_WAY, Search, plan_after
 
 
 if TYPE_CHECKING:
@@ -131,6 +132,7 @@ class LocalAlfWorld(TextEnv):
         instructions: str | None = INSTRUCTIONS,
         list_actions: bool = False,
         repeat_task: bool = False,
+        searching_expert: bool = False,
     ):
         if turns is not None and turns < 1:
             raise ValueError(f"turns={turns!r}: expected at least 1, or None for no limit")
@@ -139,6 +141,7 @@ class LocalAlfWorld(TextEnv):
         self.instructions = instructions
         self.list_actions = list_actions
         self.repeat_task = repeat_task
+        self.searching_expert = searching_expert
         self._task = ""  # as the game says it
         self._played: Any = None  # a `Game`
         self._loaded: Path | None = None  # its file
@@ -146,6 +149,7 @@ class LocalAlfWorld(TextEnv):
         self._turn = 0
         self._walkthrough: list[str] = []  # the solution that comes with the game
         self._plan: list[str] = []  # of the expert, from here on
+        self._search = Search("")  # of one that has to look for things
 
     def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[str, dict[str, Any]]:
         super().reset(seed=seed)
@@ -160,6 +164,7 @@ class LocalAlfWorld(TextEnv):
         self._task = observation.rpartition("\n\n")[2]
         self._turn = 0
         self._plan = list(self._walkthrough)
+        self._search = Search(observation)
         self._running = True
         info = self._info(invalid_action=False)
         return self._listed(observation, info), info
@@ -170,12 +175,14 @@ class LocalAlfWorld(TextEnv):
         self._running = False  # should the game fail
         command = " ".join(action.lower().split())
         observation = self._played.step(command)
-        self._plan = self._plan[1:] if self._plan[:1] == [command] else []
         terminated = self._played.won
         self._turn += 1
         truncated = not terminated and self._turn == self.turns
         self._running = not (terminated or truncated)
         info = self._info(invalid_action=observation == _NOT_UNDERSTOOD)
+        if not info["invalid_action"]:
+            self._search.note(command, observation)
+            self._plan = plan_after(self._plan, command)
         if self.repeat_task and self._running:
             observation = f"{observation} {self._task}"
         return self._listed(observation, info), float(terminated), terminated, truncated, info
@@ -183,14 +190,26 @@ class LocalAlfWorld(TextEnv):
     def expert_action(self) -> str:
         """
         The next command of an expert that knows where everything is: of the solution that comes with the game, and where
-        that was not followed, of a plan by fast-downward from here.
+        that was not followed, of a plan by fast-downward from here. With `searching_expert` it looks for what no observation
+        has shown, place by place in the order of the first observation.
         """
         if not self._running:
             raise RuntimeError("no episode is running: it has ended or was never begun. Call env.reset() first.")
+        possible = self._played.admissible_commands
+        if self.searching_expert and (command := self._search.next(self._planned(), possible)):
+            return command
+        while self._plan and self._plan[0] not in possible and self._plan[0].startswith(ON_THE_WAY):
+            self._plan = self._plan[1:]  # it is done already
+        if self._plan and self._plan[0] not in possible:
+            self._plan = []
+        return self._planned()[0]
+
+    def _planned(self) -> list[str]:
+        """Commands from here to the goal."""
         self._plan = self._plan or self._played.solution()
         if not self._plan:
             raise RuntimeError("there is no way from here to the goal.")
-        return self._plan[0]
+        return self._plan
 
     def close(self) -> None:
         if self._played is not None:
@@ -254,6 +273,8 @@ class AlfWorld(ProcessEnv):
             agents are shown them.
         repeat_task: whether each observation says the task, after the rest of it but before what is possible; else only
             the first one does.
+        searching_expert: whether the expert (`expert_action`) has to look for things, as the policy that imitates it will
+            have to; else it goes straight to where they are.
 
     Raises:
         EnvironmentDied: From `reset` and `step`, if the process died. The episode is lost, the next reset starts another.
@@ -269,10 +290,20 @@ class AlfWorld(ProcessEnv):
         instructions: str | None = INSTRUCTIONS,
         list_actions: bool = False,
         repeat_task: bool = False,
+        searching_expert: bool = False,
     ):
         LocalAlfWorld(game, turns)  # complains here, not in the process
         self.instructions = instructions
-        super().__init__(partial(LocalAlfWorld, game, turns, list_actions=list_actions, repeat_task=repeat_task))
+        super().__init__(
+            partial(
+                LocalAlfWorld,
+                game,
+                turns,
+                list_actions=list_actions,
+                repeat_task=repeat_task,
+                searching_expert=searching_expert,
+            )
+        )
         self._game: str | None = None  # of the last reset
 
     def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[str, dict[str, Any]]:
