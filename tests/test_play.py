@@ -1,6 +1,7 @@
 """A model plays an episode in the terminal, or you do."""
 
 import re
+from copy import copy
 
 import pytest
 from conftest import PATIENT_RUN, Corridor, make_model
@@ -69,6 +70,20 @@ class TestModel:
         )
         tokenizer.save_pretrained(tmp_path)
         assert shown(tmp_path, seed=3)[1] == shown(folder, seed=3)[1]  # a new adapter changes nothing
+
+    def test_settings_of_training_that_no_episode_needs(self, folder):
+        args = EPOConfig(
+            "play",
+            **SETTINGS,
+            eval_strategy="steps",
+            eval_steps=1,
+            beta=0.1,
+            advantage_estimator="gae",
+            push_to_hub=True,
+        )
+        trained = copy(args)
+        play(folder, Corridor, {"length": 3}, args, show=lambda line: None)  # without a token it could not push
+        assert args == trained
 
     def test_what_it_says_cannot_drive_the_terminal(self, folder):
         class Rude(Corridor):

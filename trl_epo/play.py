@@ -81,6 +81,15 @@ class _ShownSampler:
         return finished
 
 
+def settings_to_play(args: EPOConfig) -> EPOConfig:
+    """A copy of training's settings without what an episode does not need: other models, evaluations, trackers, the Hub."""
+    args = copy(args)
+    args.beta, args.sync_ref_model, args.advantage_estimator = 0.0, False, "grpo"  # no reference model and no critic
+    args.push_to_hub, args.log_completions_hub_repo, args.report_to = False, None, []
+    args.eval_strategy, args.eval_on_start, args.load_best_model_at_end = "no", False, False
+    return args
+
+
 def play(
     model: str | Path | Any,
     environment_factory: Callable[[], gymnasium.Env] | dict[str, Callable[[], gymnasium.Env]],
@@ -107,7 +116,7 @@ def play(
     Raises:
         RuntimeError: If the environment fails.
     """
-    args = copy(args or EPOConfig("play"))
+    args = settings_to_play(args or EPOConfig("play"))
     if isinstance(model, str | Path):
         model = str(model)
         if is_adapter(model):

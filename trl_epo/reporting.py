@@ -7,6 +7,7 @@ import logging
 from collections.abc import Sized
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -75,7 +76,6 @@ class ReportingTrainer(SeamedGRPOTrainer):
             Path(args.output_dir, EPISODES_FOLDER),
             self.accelerator,
             tokenizer,
-            self.eos_token_ids,
             number=args.keep_episodes,
             max_bytes=args.keep_episodes_megabytes * 10**6,
         )
@@ -205,11 +205,15 @@ class ReportingTrainer(SeamedGRPOTrainer):
             facts = replace(
                 facts,
                 factories=self._player.environments.factories,
-                row=next(iter(self.train_dataset)),
+                row=self._first_row,
                 num_rows=len(self.train_dataset) if isinstance(self.train_dataset, Sized) else None,
                 example=self._keeper.example(step),
             )
         complete_model_card(path, facts)
+
+    @cached_property
+    def _first_row(self) -> dict[str, Any]:
+        return next(iter(self.train_dataset))
 
     def complete_saved_model(self, folder: Path) -> None:
         if self._player is not None:

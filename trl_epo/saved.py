@@ -65,7 +65,7 @@ def name_on_hub(model: str | None) -> str | None:
     if os.path.isdir(model):
         try:
             base = ModelCard.load(Path(model, "README.md")).data.get("base_model")
-        except (OSError, ValueError):  # no card, or none that can be read
+        except Exception:  # no card, or none that can be read, whatever its YAML raises
             return None
         return name_on_hub(base) if isinstance(base, str) and not os.path.isdir(base) else None
     try:

@@ -2,9 +2,11 @@
 
 import gc
 import os
+import resource
 import signal
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 
 import psutil
 import pytest
@@ -41,6 +43,19 @@ def test_plays_as_in_one_process():
         for action in ("look", "open fridge", "nonsense", "look", "look"):
             assert there.step(action) == here.step(action)
     there.close()
+
+
+def test_with_more_open_files_than_select_takes(env):
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    ProcessEnv(Telling)  # lets this process open more
+    assert resource.getrlimit(resource.RLIMIT_NOFILE)[0] == max(soft, min(hard, 65_536))
+    with ExitStack() as files:
+        for _ in range(1100):
+            files.enter_context(open(os.devnull))
+        env.reset()
+        process = env._process._pidfd
+        assert process > 1023
+        env.close()  # waits for its end
 
 
 def test_its_expert_is_asked_there(env):

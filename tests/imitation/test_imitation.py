@@ -2,9 +2,11 @@
 
 import json
 import threading
+from datetime import datetime
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from itertools import count
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -287,12 +289,38 @@ class TestEpisodes:
         with pytest.raises(ValueError, match="has kept 0 episodes of training"):
             kept_episodes(trainer, tmp_path)
 
+    def test_what_json_does_not_hold_comes_from_the_dataset(self, tmp_path, tokenizer):
+        seen = []
+
+        class Dated(Corridor):
+            def reset(self, *, seed=None, options=None):
+                seen.append(options["day"])
+                return super().reset(seed=seed)
+
+        days = Dataset.from_dict({"day": [datetime(2026, 11, day) for day in (1, 2)], "seed": np.array([3, 4])})
+        make_trainer(tmp_path, tokenizer, Dated, days, max_steps=1, max_turn_length=3).train()
+        trainer = make_trainer(tmp_path, tokenizer, Dated, days)  # has room for what was cut
+        seen.clear()
+        episodes = kept_episodes(trainer, tmp_path, success=False)
+        assert {*seen} == {*days["day"]} and {episode.seed for episode in episodes} == {3, 4}
+
+    def test_lines_within_a_text_are_no_lines_of_the_file(self, tmp_path):
+        chat = [{"role": "user", "content": "a\u2028b\x85c\x0cd"}]
+        (tmp_path / "chats.jsonl").write_text(json.dumps(chat, ensure_ascii=False) + "\n", encoding="utf-8")
+        assert read_chats(tmp_path / "chats.jsonl") == [chat]
+
 
 class Endpoint(BaseHTTPRequestHandler):
     """Speaks OpenAI's chat API: says "right" to whatever was asked."""
 
     def do_POST(self):
         request = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        if self.server.num_refusals:
+            self.server.num_refusals -= 1
+            self.send_response(429)
+            self.send_header("Retry-After", "0")
+            self.end_headers()
+            return
         self.server.requests.append((self.path, dict(self.headers), request))
         choice = {"index": 0, "finish_reason": "stop", "message": {"role": "assistant", "content": "right"}}
         answer = {"id": "1", "object": "chat.completion", "created": 0, "model": "m", "choices": [choice]}
@@ -310,7 +338,7 @@ class Endpoint(BaseHTTPRequestHandler):
 @pytest.fixture
 def endpoint():
     server = ThreadingHTTPServer(("127.0.0.1", 0), Endpoint)
-    server.requests = []
+    server.requests, server.num_refusals = [], 0
     threading.Thread(target=server.serve_forever, daemon=True).start()
     yield server
     server.shutdown()
@@ -318,6 +346,13 @@ def endpoint():
 
 
 class TestTeacher:
+    def test_one_that_is_busy_is_asked_again(self, tmp_path, tokenizer, endpoint):
+        endpoint.num_refusals = 3
+        url = f"http://127.0.0.1:{endpoint.server_port}/v1"
+        (episode,) = teacher_episodes(make_trainer(tmp_path, tokenizer), [{"length": 3, "seed": 1}], url)
+        assert not episode.failures
+        assert len(endpoint.requests) == len(episode.turns)
+
     def test_it_is_told_what_the_policy_is_told(self, tmp_path, tokenizer, endpoint, monkeypatch):
         monkeypatch.setenv("HF_TOKEN", "secret")
         rows = [{"length": 3, "seed": seed, "prompt": [{"role": "system", "content": "Walk."}]} for seed in range(10)]

@@ -62,6 +62,13 @@ def test_several_environments():
     assert not [name for name in episode_metrics([summary(True, environment="house")]) if "rate_in" in name]
 
 
+def test_kinds_that_rows_do_not_share_are_not_logged():
+    for number, logged in ((50, 50), (51, 0)):
+        metrics = episode_metrics([summary(True, f"put mug {i} on desk") for i in range(number)])
+        assert len([name for name in metrics if name.startswith("episode/success_rate/")]) == logged
+        assert metrics["episode/success_rate"] == 1.0
+
+
 def test_nothing():
     assert episode_metrics([]) == {}
     assert episode_metrics([summary(stop=StopReason.FAILURE)])["episode/stop/failure"] == 1.0

@@ -2,6 +2,7 @@
 
 import json
 from functools import partial
+from importlib.metadata import PackageNotFoundError
 
 import pytest
 from conftest import Corridor, make_model
@@ -123,6 +124,25 @@ def test_metadata(tmp_path):
     assert without.data.base_model is None and without.data.library_name == "transformers"
     assert "agent" not in without.data.tags and "## Environment" not in without.text
     assert "None" not in without.text and "time machine" in without.text
+
+
+def test_a_card_that_is_no_yaml(tmp_path):
+    make_model().save_pretrained(tmp_path)
+    (tmp_path / "README.md").write_text("---\ntitle: a: b\n---\n")
+    assert name_on_hub(str(tmp_path)) is None
+
+
+def test_a_copy_that_was_not_installed(tmp_path, monkeypatch):
+    def version(name):
+        raise PackageNotFoundError(name)
+
+    monkeypatch.setattr("trl_epo.reports.model_card.version", version)
+    assert "\n- trl-epo\n- TRL:" in card(tmp_path).text
+
+
+def test_a_long_row_is_not_shown(tmp_path):
+    text = card(tmp_path, row={"seed": 3, "document": "x" * 10_000}).text
+    assert "row={'seed': 3}" in text
 
 
 @pytest.mark.parametrize("base, name", [("me/base", "me/base"), ("/gone/away", None), (None, None), ("gpt2", "gpt2")])

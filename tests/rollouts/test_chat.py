@@ -13,6 +13,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre
 from transformers import PreTrainedTokenizerFast
 
 from trl_epo.rollouts.chat import ChatEncoder
+from trl_epo.rollouts.rollout import parse_action
 from trl_epo.text import without_surrogates
 
 
@@ -177,6 +178,73 @@ def test_templates_that_open_a_thought(name, enable_thinking, opens):
     tokenizer = make_tokenizer((TEMPLATES / f"{name}.jinja").read_text())
     kwargs = {} if enable_thinking is None else {"enable_thinking": enable_thinking}
     assert ChatEncoder(tokenizer, [tokenizer.eos_token_id], chat_template_kwargs=kwargs).opens_thought == opens
+
+
+@pytest.mark.parametrize(
+    ("markers", "text", "action"),
+    [
+        (["<think>", "</think>"], "<think>Left?</think>right", "right"),
+        (["[THINK]", "[/THINK]"], "[THINK]Left?[/THINK]right", "right"),
+        (["<|channel>", "<channel|>"], "<|channel>thought\nLeft?<channel|>right", "right"),
+        (
+            ["<|start|>", "<|end|>", "<|channel|>", "<|message|>"],
+            "<|channel|>analysis<|message|>Left?<|end|><|start|>assistant<|channel|>final<|message|>right",
+            "right",
+        ),
+        (["<|channel|>", "<|message|>"], "<|channel|>analysis<|message|>Left? right", None),
+        (["[THINK]", "[/THINK]"], "[THINK]Left? right", None),
+    ],
+)
+def test_thoughts_are_no_actions_whatever_marks_them(markers, text, action):
+    tokenizer = make_tokenizer()
+    tokenizer.add_special_tokens({"additional_special_tokens": markers})
+    ids = tokenizer.encode(text, add_special_tokens=False)
+    assert {*markers} & {*tokenizer.convert_ids_to_tokens(ids)}
+    decoded = encoder(tokenizer).decode([*ids, tokenizer.eos_token_id])
+    assert parse_action(decoded) == action
+
+
+@pytest.mark.parametrize("name", ["chatml", *SHIPPED])
+def test_an_action_is_encoded_as_the_template_writes_it(name):
+    template = CHATML if name == "chatml" else (TEMPLATES / f"{name}.jinja").read_text()
+    tokenizer = make_tokenizer(template)
+    tokenizer.add_special_tokens(
+        {"additional_special_tokens": sorted(set(MARKUP.findall(template))), "bos_token": "<bos>"}
+    )
+    chat = encoder(tokenizer)
+    messages = [
+        {"role": role, "content": text}
+        for role, text in (("user", "Look!"), ("assistant", "go left"), ("user", "On."))
+    ]
+    whole = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    asked = tokenizer.apply_chat_template(messages[:1], tokenize=False, add_generation_prompt=True)
+    said = tokenizer.decode(chat.encode_action("go left")[:-1])
+    if whole.startswith(asked):  # else the template opens a thought that it leaves out later
+        assert whole.removeprefix(asked).startswith(said) and said.endswith("go left")
+    else:
+        assert said == "go left"
+
+
+def test_a_base_models_end_is_not_its_templates(caplog):
+    tokenizer = make_tokenizer()
+    ends = tokenizer.convert_tokens_to_ids("<|pad|>")
+    ChatEncoder(tokenizer, [ends])
+    assert "ends a turn with '<|im_end|>', but the model's turns end with '<|pad|>'" in caplog.text
+    caplog.clear()
+    ChatEncoder(tokenizer, [ends, tokenizer.eos_token_id])
+    assert not caplog.text
+
+
+def test_runs_of_spaces_that_a_vocabulary_holds_stay_whole():
+    # As Gemma's, where "▁" stands for a space
+    words = {token: i for i, token in enumerate(["<end>", "a", "b", "▁", "▁▁", "▁▁▁▁"])}
+    backend = Tokenizer(models.BPE(words, []))
+    backend.normalizer = normalizers.Replace(" ", "▁")
+    backend.add_tokens([AddedToken(run, normalized=True) for run in ("▁▁", "▁▁▁▁")])
+    template = "{% for m in messages %}{{ m['content'] }}<end>{% endfor %}"
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<end>", chat_template=template)
+    ids = encoder(tokenizer).encode_prompt([{"role": "user", "content": "a    b"}])
+    assert tokenizer.convert_ids_to_tokens(ids) == ["a", "▁▁▁▁", "b", "<end>"]
 
 
 def structure_of(tokenizer, ids):

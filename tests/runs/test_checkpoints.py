@@ -197,6 +197,19 @@ def test_a_first_checkpoint_that_cannot_be_written(tmp_path):
         make_trainer(tmp_path, **SAVING).train()
 
 
+def test_a_card_that_cannot_be_written_costs_no_checkpoint(tmp_path, monkeypatch, caplog):
+    def fail(path, facts):
+        raise KeyError("what a card is made of")
+
+    monkeypatch.setattr("trl_epo.reporting.complete_model_card", fail)
+    trainer = make_trainer(tmp_path, **{**SAVING, "max_steps": 1})
+    trainer.train()
+    trainer.save_model()
+    trainer.create_model_card()
+    assert what_is_missing(tmp_path / "checkpoint-1") is None
+    assert "The model card could not be completed" in caplog.text
+
+
 @pytest.mark.parametrize(
     "changed", [{"steps_per_generation": 4}, {"num_iterations": 1}, {"gradient_accumulation_steps": 2}]
 )

@@ -103,7 +103,7 @@ def use(folder: Path) -> None:
             ),
         ],
     )
-    for name in ("evil", "sly"):
+    for name in ("evil", "crafty", "sly"):
         told[name] = output_of(cli.main, ["play", f"someone/{name}", *flags(use_cpu=True)])
     told["nowhere"] = output_of(cli.main, ["play", "someone/nowhere"])
     say(json.dumps(told))
@@ -120,6 +120,15 @@ def hub(tmp_path_factory):
         hub.repositories[BASE].commit("by hand", files)
         for name, settings in (
             ("evil", {"environment": "os:system", "environment_kwargs": {"command": f"touch {folder}/owned"}}),
+            # What this package's modules have imported is not this package's
+            (
+                "crafty",
+                {
+                    "environment": "trl_epo.envs.process:os.system",
+                    "environment_kwargs": {"command": f"touch {folder}/owned"},
+                    "tasks": "trl_epo.envs.process:os.system",
+                },
+            ),
             ("sly", {"environment": "household", "trust_remote_code": True, "env": {"HF_TOKEN": "x"}}),
         ):
             hub.repositories[f"someone/{name}"] = Repository(f"someone/{name}")
@@ -210,6 +219,9 @@ def test_a_strangers_settings_run_no_code_and_change_nothing_else(hub, used, tmp
     told, _ = used
     assert "names code to run on this machine (--environment)" in told["evil"] and "exit 2" in told["evil"]
     assert "--environment os:system" in told["evil"]
+    assert (
+        "names code to run on this machine (--environment, --tasks)" in told["crafty"] and "exit 2" in told["crafty"]
+    )
     assert not list(tmp_path_factory.getbasetemp().rglob("owned"))
     assert "holds 'env', 'trust_remote_code', which is not for it to say" in told["sly"] and "exit 2" in told["sly"]
     assert "in 'someone/nowhere': no such folder is here" in told["nowhere"]

@@ -3,7 +3,7 @@
 import argparse
 import re
 
-from .named import ENVIRONMENTS
+from ..envs.names import ENVIRONMENTS
 
 
 Lines = tuple[tuple[str, str], ...]

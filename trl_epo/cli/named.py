@@ -6,32 +6,16 @@ import os
 from collections.abc import Callable
 from importlib import import_module
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import gymnasium
 
+from ..envs.names import ENVIRONMENTS
 from ..text import did_you_mean
 from .mistakes import UsageError
 
 
 CONFIGS = Path(__file__).parents[1] / "configs"
-
-
-class BuiltIn(NamedTuple):
-    """Where an environment of this package is, and the function that gives its rows."""
-
-    environment: str
-    tasks: str
-
-
-# Each knows the splits "train", "iid" and, but for OpenEnv, "ood".
-ENVIRONMENTS = {
-    "household": BuiltIn("trl_epo.envs.household:Household", "trl_epo.envs.household:tasks"),
-    "scienceworld": BuiltIn("trl_epo.envs.scienceworld:ScienceWorld", "trl_epo.envs.scienceworld:tasks"),
-    "alfworld": BuiltIn("trl_epo.envs.alfworld:AlfWorld", "trl_epo.envs.alfworld:tasks"),
-    "textarena": BuiltIn("trl_epo.envs.textarena:TextArena", "trl_epo.envs.textarena:tasks"),
-    "openenv": BuiltIn("trl_epo.envs.openenv:OpenEnv", "trl_epo.envs.openenv:tasks"),
-}
 
 
 def check_environment_name(name: str) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 from datasets import Dataset
 from transformers.utils import CONFIG_NAME
 
-from ..play import play_row, play_yourself
+from ..play import play_row, play_yourself, settings_to_play
 from ..reports import PLAY_SETTINGS_FILE, named_environment
 from ..saved import ADAPTER_CONFIG, is_adapter, saved_file
 from .mistakes import UsageError
@@ -58,9 +58,7 @@ def play(arguments: Sequence[str]) -> None:
     if which.human:
         play_yourself(script.environment_factory(), row, args.seed)
         return
-    args.beta, args.sync_ref_model, args.advantage_estimator = 0.0, False, "grpo"  # no reference model and no critic
-    args.push_to_hub = False  # what a config file for `train` says
-    args.eval_strategy = "no"
+    args = settings_to_play(args)
     with TemporaryDirectory(prefix="trl_epo_play_") as args.output_dir:  # a trainer makes this folder
         trainer = make_trainer(script, args, model_args, train_dataset=Dataset.from_list([row or {"prompt": []}]))
         # A temperature that was asked for is meant, whatever evaluations have

@@ -11,12 +11,13 @@ from datasets import Dataset
 from trl import ModelConfig, TrlParser
 
 from ..config import EPOConfig
+from ..envs.names import ENVIRONMENTS
 from ..reports import PLAY_SETTINGS, PLAY_SETTINGS_FILE, foreign_code, play_settings
 from ..saved import is_adapter, saved_file
 from ..text import did_you_mean, shortened, shown
 from .help import all_options
 from .mistakes import OneLineParser, UsageError, one_line
-from .named import ENVIRONMENTS, check_environment_name, config_file, environment_maker, imported, json_object
+from .named import check_environment_name, config_file, environment_maker, imported, json_object
 
 
 # How the weights below an adapter are quantized, as fields of `ModelConfig`

@@ -26,6 +26,7 @@ import weakref
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from functools import cache
 from importlib import import_module
 from typing import Any
 
@@ -42,6 +43,7 @@ def _can_fork() -> bool:
 
 CAN_FORK = _can_fork()  # Linux from 5.3 on; elsewhere each process is an interpreter started for it
 SERVER_NAME, PROCESS_NAME = "trl-epo-server", "trl-epo-env"  # as `ps` and `top` show them
+MOST_FILES = 65_536  # open ones that are asked for
 CLOSING_TIME = 5.0  # seconds that a process that is killed may take to be gone
 
 _PR_SET_PDEATHSIG, _PR_SET_NAME = 1, 15
@@ -50,6 +52,18 @@ _LENGTH = struct.Struct("!Q")
 
 class ProcessDied(Exception):
     """The process, or its server, is no more."""
+
+
+@cache
+def allow_open_files() -> None:
+    """Let this process have as many files open as it may (Unix): an environment takes two, and 1,024 is a usual limit."""
+    with suppress(ImportError, OSError, ValueError):
+        import resource
+
+        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        most = MOST_FILES if hard == resource.RLIM_INFINITY else min(hard, MOST_FILES)
+        if soft != resource.RLIM_INFINITY and soft < most:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
 
 
 class Process:
@@ -124,7 +138,9 @@ class Process:
         with self._lock:
             if self._pidfd is not None:
                 if os.getpid() == self._owner:
-                    select.select([self._pidfd], [], [], CLOSING_TIME)
+                    gone = select.poll()  # unlike `select` for any number of open files
+                    gone.register(self._pidfd, select.POLLIN)
+                    gone.poll(1000 * CLOSING_TIME)
                 os.close(self._pidfd)
                 self._pidfd = None
             self._socket.close()

@@ -10,7 +10,7 @@ from typing import Any
 import gymnasium
 
 from .base import EnvironmentDied, TextEnv, instructions_of
-from .fork_server import Process, ProcessDied
+from .fork_server import Process, ProcessDied, allow_open_files
 
 
 _env: gymnasium.Env | None = None  # in the environment's own process
@@ -46,6 +46,7 @@ class ProcessEnv(TextEnv):
     def __init__(self, factory: Callable[[], gymnasium.Env], memory_limit: int | None = None):
         if memory_limit is not None and memory_limit < 1:
             raise ValueError(f"memory_limit={memory_limit!r}: expected a number of bytes, or None for no limit")
+        allow_open_files()
         self._factory = factory
         self._memory_limit = memory_limit
         self._process: Process | None = None

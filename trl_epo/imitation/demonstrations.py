@@ -242,7 +242,7 @@ def demonstrate(
             placed = [replace(start, environment=_name(place, start.environment)) for place, start in enumerate(batch)]
             played = play_episodes(placed, pool, player.rules, sampler, limits, player.action_parser)
             for place, (start, episode) in enumerate(zip(batch, played, strict=True)):
-                cut = any(turn.action_ids[-1] not in player.rules.chat.eos_token_ids for turn in episode.turns)
+                cut = any(turn.cut for turn in episode.turns)
                 num_failed += episode.failed
                 num_cut += cut and not episode.failed
                 if not (episode.failed or cut):

@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import time
 from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
@@ -12,6 +13,7 @@ from urllib.request import Request, urlopen
 
 import gymnasium
 import pyarrow.parquet as pq
+from datasets import Dataset
 
 from ..envs import TextEnv
 from ..rollouts import (
@@ -29,6 +31,9 @@ from .demonstrations import Expert, Say, demonstrate, environment_expert, player
 
 
 TEACHER_REQUESTS = 8  # at once
+BUSY = (429, 502, 503, 529)  # status codes of an endpoint that has too much to do just now
+PAUSES = (1.0, 2.0, 4.0, 8.0, 16.0, 32.0)  # seconds, before it is asked again, if it does not say how long …
+LONGEST_PAUSE = 60.0  # … and at most, if it does
 
 Chat = list[dict[str, str]]
 
@@ -127,14 +132,20 @@ def _ask(url: str, api_key: str | None, timeout: float | None, messages: Chat, *
     body = {"messages": messages, **{name: value for name, value in settings.items() if value is not None}}
     headers = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {api_key}"} if api_key else {})
     request = Request(url, json.dumps(body).encode(), headers)
-    try:
-        with urlopen(request, timeout=timeout) as response:
-            answer = json.load(response)
-    except HTTPError as error:
-        raise RuntimeError(f"{url} answers {error.code}: {error.read(1000).decode(errors='replace')}") from error
-    except URLError as error:
-        raise RuntimeError(f"{url} cannot be reached: {error.reason}") from error
-    return answer["choices"][0]["message"]["content"] or ""
+    for pause in (*PAUSES, None):
+        try:
+            with urlopen(request, timeout=timeout) as response:
+                return json.load(response)["choices"][0]["message"]["content"] or ""
+        except HTTPError as error:
+            if pause is None or error.code not in BUSY:
+                raise RuntimeError(
+                    f"{url} answers {error.code}: {error.read(1000).decode(errors='replace')}"
+                ) from error
+            asked_for = error.headers.get("Retry-After", "")
+            time.sleep(min(float(asked_for), LONGEST_PAUSE) if asked_for.isdecimal() else pause)
+        except URLError as error:
+            raise RuntimeError(f"{url} cannot be reached: {error.reason}") from error
+    raise AssertionError("the last try returns or raises")
 
 
 def _teacher(ask: Callable[[Chat], str], player: EpisodePlayer, prompt: Chat, env: gymnasium.Env) -> Say:
@@ -198,13 +209,18 @@ def _recorded(texts: list[str], env: gymnasium.Env) -> Say:
 def read_chats(path: str | os.PathLike) -> list[Chat | dict[str, Chat]]:
     """Chats from a file with one JSON value a line."""
     chats = []
-    for number, line in enumerate(Path(path).read_text().splitlines(), start=1):
+    # Other ends of a line may stand within a text
+    for number, line in enumerate(Path(path).read_text(encoding="utf-8-sig").split("\n"), start=1):
         if line.strip():
             try:
                 chats.append(json.loads(line))
             except json.JSONDecodeError as error:
                 raise ValueError(f"Line {number} of {path} is not JSON: {error}") from error
     return chats
+
+
+def _as_kept(options: dict[str, Any]) -> str:
+    return json.dumps(options, sort_keys=True, default=repr)
 
 
 def kept_episodes(trainer: EPOTrainer, run: str | os.PathLike, success: bool = True) -> list[Episode]:
@@ -234,16 +250,16 @@ def kept_episodes(trainer: EPOTrainer, run: str | os.PathLike, success: bool = T
             f"{run} has kept {len(kept)} episodes of training (episodes/**/*.parquet), {len(wanted)} of which are "
             f"{'successes' if success else 'usable'}: there is nothing to imitate."
         )
-    # What a row's prompt was is not kept with its episode
-    prompts = {
-        json.dumps(environment_options(row), sort_keys=True): row["prompt"]
-        for row in (trainer.train_dataset if "prompt" in (trainer.train_dataset.column_names or ()) else ())
-    }
+    # A row's prompt is not kept with its episode, nor what JSON does not hold
+    known = trainer.train_dataset if isinstance(trainer.train_dataset, Dataset) else ()
+    originals = {_as_kept(environment_options(row)): row for row in known}
     rows = []
     for row in wanted:
         options = json.loads(row["options"] or "{}")
-        prompt = prompts.get(json.dumps(options, sort_keys=True))
-        rows.append({**options, "seed": row["seed"], "environment": row["environment"], "prompt": prompt})
+        original = originals.get(_as_kept(options))
+        if original is not None:
+            options = {**environment_options(original), "prompt": original.get("prompt")}
+        rows.append({**options, "seed": row["seed"], "environment": row["environment"]})
     experts = [partial(_recorded, [turn["text"] for turn in row["turns"]]) for row in wanted]
     episodes = demonstrate(trainer, starts_of(player, rows), experts)
     return [episode for episode in episodes if episode.success or not success]

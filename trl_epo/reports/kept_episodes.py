@@ -7,6 +7,7 @@ import json
 import logging
 import math
 from collections.abc import Sequence
+from numbers import Integral
 from pathlib import Path
 from typing import Any
 
@@ -62,7 +63,6 @@ class EpisodeKeeper:
         folder (`Path`): `episodes/` in the run's folder.
         accelerator ([`~accelerate.Accelerator`]): Gathers over all processes.
         tokenizer ([`~transformers.PreTrainedTokenizerBase`]): Tells what the model saw, as text.
-        eos_token_ids (`Sequence[int]`): Tokens that end a turn.
         number (`int`): Episodes of a training batch that are kept; 0: none at all, of evaluations neither.
         max_bytes (`float`): What the files may take together.
     """
@@ -72,13 +72,11 @@ class EpisodeKeeper:
         folder: Path,
         accelerator: Accelerator,
         tokenizer: PreTrainedTokenizerBase,
-        eos_token_ids: Sequence[int],
         number: int,
         max_bytes: float,
     ):
         self._accelerator = accelerator
         self._tokenizer = tokenizer
-        self._eos_token_ids = frozenset(eos_token_ids)
         self._number = number
         self._files = EpisodeFiles(folder, max_bytes)
         self._pieces: dict[int, str] = {}  # by token
@@ -284,7 +282,7 @@ class EpisodeKeeper:
             **where,
             "environment": _text(episode.environment),
             "task": _text(episode.task),
-            "seed": seed if isinstance(seed, int) and abs(seed) <= MAX_INT64 else None,
+            "seed": int(seed) if isinstance(seed, Integral) and abs(int(seed)) <= MAX_INT64 else None,
             "options": _options(episode.options),
             "success": episode.success,
             "return": float(episode.episode_return),
@@ -309,7 +307,7 @@ class EpisodeKeeper:
             "text": _text(turn.text),
             "action": _text(turn.action),
             "valid": not turn.invalid,
-            "cut": turn.action_ids[-1] not in self._eos_token_ids,
+            "cut": turn.cut,
             "observation": _text(turn.observation),
             "reward": float(turn.reward),
             "advantage": None,

@@ -3,7 +3,14 @@
 from collections import defaultdict
 from collections.abc import Sequence
 
+from transformers.utils import logging
+
 from ..rollouts import EpisodeSummary, StopReason
+
+
+logger = logging.get_logger(__name__)
+
+MOST_KINDS = 50  # of tasks, or of environments, by which success is logged
 
 
 def episode_metrics(summaries: Sequence[EpisodeSummary]) -> dict[str, float]:
@@ -48,6 +55,12 @@ def _success_by(attribute: str, summaries: Sequence[EpisodeSummary], prefix: str
     for summary in summaries:
         if (name := getattr(summary, attribute)) is not None:
             outcomes[name].append(summary.success)
+    if len(outcomes) > MOST_KINDS:
+        logger.warning_once(
+            f"There are more than {MOST_KINDS} kinds of `{attribute}` at once, so that success is not logged by it. A kind is what several "
+            "rows share; the episodes that are kept tell the success of each."
+        )
+        return {}
     return {prefix + name: _mean(outcomes[name]) for name in sorted(outcomes)} if len(outcomes) > 1 else {}
 
 

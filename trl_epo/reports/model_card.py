@@ -6,13 +6,14 @@ import textwrap
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub import ModelCard
 
 from ..config import EPOConfig, changed_settings
+from ..envs.names import ENVIRONMENTS
 from ..text import name_of, printable, shortened
 
 
@@ -63,7 +64,7 @@ CODE_SETTINGS = (
     "prompt_builder",
     "action_parser",
 )  # in that file: "module:name", if not built in
-OWN_CODE = "trl_epo.envs."
+OWN_CODE = {path for built_in in ENVIRONMENTS.values() for path in built_in}
 
 # Of the example episode
 MAX_EXAMPLE_TURNS = 12
@@ -142,7 +143,7 @@ def foreign_code(settings: dict[str, Any]) -> dict[str, str]:
     {'tasks': 'my_code:rows'}
     """
     named = {name: str(settings[name]) for name in CODE_SETTINGS if settings.get(name)}
-    return {name: path for name, path in named.items() if ":" in path and not path.startswith(OWN_CODE)}
+    return {name: path for name, path in named.items() if ":" in path and path not in OWN_CODE}
 
 
 def complete_model_card(path: Path, facts: RunFacts) -> None:
@@ -182,7 +183,10 @@ def _origin(facts: RunFacts) -> str:
 
 
 def _versions(facts: RunFacts) -> str:
-    lines = [f"- trl-epo: {version('trl-epo')}"]
+    try:
+        lines = [f"- trl-epo: {version('trl-epo')}"]
+    except PackageNotFoundError:  # it was copied, not installed
+        lines = ["- trl-epo"]
     return "\n".join([*lines, f"- PEFT: {version('peft')}"] if facts.is_adapter else lines)
 
 
@@ -205,7 +209,11 @@ def play_example(facts: RunFacts) -> str:
     else:
         name = "make_environment"
         imported, defined = [], [f"{name} = ...  # the `environment_factory` of training"]
-    row = {column: value for column, value in facts.row.items() if value is not None}
+    row = {
+        column: value
+        for column, value in facts.row.items()
+        if value is not None and len(repr(value)) <= MAX_EXAMPLE_TEXT
+    }
     shown = "".join(f", {key}={value!r}" for key, value in play_settings(args).items())
     return "\n".join(
         [

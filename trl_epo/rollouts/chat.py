@@ -1,6 +1,7 @@
 """From messages to token ids, such that no message can forge chat structure."""
 
 import json
+import logging
 import re
 import secrets
 from collections.abc import Sequence
@@ -12,7 +13,25 @@ from transformers import PreTrainedTokenizerBase
 from ..text import shown, without_surrogates
 
 
-THINK, END_OF_THOUGHT = "<think>", "</think>"
+logger = logging.getLogger(__name__)
+
+# What opens a thought, and what closes it: Qwen, DeepSeek and most others; Magistral; Gemma; gpt-oss, whose answer has a header
+THOUGHTS = (
+    ("<think>", "</think>"),
+    ("[THINK]", "[/THINK]"),
+    ("<|channel>thought", "<channel|>"),
+    ("<|channel|>analysis", "<|channel|>final<|message|>"),
+)
+_MARKS = {"<think>", "</think>", "[THINK]", "[/THINK]", "<|channel>", "<channel|>", "<|channel|>", "<|message|>"}
+_HARMONY = "<|channel|>"  # gpt-oss always thinks, and its template ends an answer as it ends a thought
+
+
+def after_thoughts(text: str) -> str | None:
+    """What stands after the last thought, all of a text without any; `None` if one is not closed."""
+    end = max((text.rindex(close) + len(close) for _, close in THOUGHTS if close in text), default=0)
+    rest = text[end:]
+    return None if any(opening in rest for opening, _ in THOUGHTS) else rest
+
 
 _ROLE = re.compile(r"[A-Za-z0-9_-]+")  # the template writes it among its own text
 
@@ -33,8 +52,8 @@ class ChatEncoder:
     Attributes:
         opens_thought (`bool`): Whether the assistant's header ends within a thought (`<think>`), which the model goes on
             with.
-        thinks (`bool`): Whether the template lets the model think before it answers: it has opened a thought, or has a
-            switch `enable_thinking` which is not off.
+        thinks (`bool`): Whether the template lets the model think before it answers: it has opened a thought, has a switch
+            `enable_thinking` which is not off, or is gpt-oss's.
 
     Raises:
         ValueError: If the tokenizer has no fast backend or no chat template, or if the template drops or repeats a
@@ -64,7 +83,7 @@ class ChatEncoder:
         self.chat_template_kwargs = chat_template_kwargs or {}
 
         # Runs of white space that some vocabularies add are ordinary text.
-        added = {t.content: i for i, t in tokenizer.added_tokens_decoder.items() if t.content.strip()}
+        added = {t.content: i for i, t in tokenizer.added_tokens_decoder.items() if not _is_space(t.content)}
         self._added_ids = added
         longest_first = sorted(added, key=len, reverse=True)
         self._added_pattern = re.compile("(" + "|".join(map(re.escape, longest_first)) + ")") if added else None
@@ -80,10 +99,10 @@ class ChatEncoder:
         position = after_action.index(2)
         self._before_observation: str = "".join(map(str, after_action[:position]))
         self._after_observation: str = "".join(map(str, after_action[position + 1 :]))
-        self.opens_thought: bool = THINK in self._after_observation.rpartition(END_OF_THOUGHT)[2]
+        self.opens_thought: bool = after_thoughts(self._after_observation) is None
         quiet = self._render([("user", 0)], enable_thinking=False)
-        self.thinks: bool = self.opens_thought or self._render([("user", 0)]) != quiet
-        tags = [(i, t) for i, t in tokenizer.added_tokens_decoder.items() if t.content in (THINK, END_OF_THOUGHT)]
+        self.thinks: bool = self.opens_thought or self._render([("user", 0)]) != quiet or _HARMONY in added
+        tags = [(i, t) for i, t in tokenizer.added_tokens_decoder.items() if t.content in _MARKS]
         self._special_tags = {i for i, tag in tags if tag.special}
         # Whatever the vocabulary makes of text (its token for unknown text may be the end of a turn), it is none of these.
         template = "".join(part for part in rendered if isinstance(part, str))
@@ -94,6 +113,18 @@ class ChatEncoder:
         self._ends_of_turn = {added[token] for token in before} & self.eos_token_ids
         written_ends = [added[token] for token in before if added[token] in self.eos_token_ids]
         self._end_of_turn: int = next(iter(written_ends), tokenizer.eos_token_id)
+        if before and not self._ends_of_turn and _HARMONY not in added:
+            logger.warning(
+                "The chat template ends a turn with %r, but the model's turns end with %s: it may talk on. Base models do: take an "
+                "instruct model, or set the tokenizer's `eos_token`.",
+                before[0],
+                " or ".join(repr(tokenizer.decode([token])) for token in sorted(self.eos_token_ids)),
+            )
+        # What the template writes of an answer before its text, if the assistant's header does not end with it
+        header = "".join(map(str, rendered[rendered.index(0) + 1 : rendered.index(1)]))
+        self._before_action: str = (
+            header.removeprefix(self._after_observation) if header.startswith(self._after_observation) else ""
+        )
 
     def encode_prompt(self, messages: list[dict[str, str]]) -> list[int]:
         """
@@ -142,8 +173,11 @@ class ChatEncoder:
         Token ids of what the assistant says, as a model samples them that ends its turn as the template does. No special
         token is read from `text` but those that tell a thought from what follows it.
         """
-        parts = re.split(f"({THINK}|{END_OF_THOUGHT})", text)
-        return [*self._encode([(part, part in (THINK, END_OF_THOUGHT)) for part in parts if part]), self._end_of_turn]
+        parts = re.split("(" + "|".join(map(re.escape, sorted(_MARKS))) + ")", text)
+        pieces = [(part, part in _MARKS) for part in parts if part]
+        if len(parts) == 1:
+            pieces.insert(0, (self._before_action, True))
+        return [*self._encode(pieces), self._end_of_turn]
 
     def decode(self, token_ids: Sequence[int]) -> str:
         """The text of a turn, without special tokens other than those that tell a thought from what follows it."""
@@ -198,6 +232,10 @@ class ChatEncoder:
         return ids
 
 
+def _is_space(token: str) -> bool:
+    return not token.strip("▁").strip()  # "▁" stands for a space in the vocabularies of SentencePiece
+
+
 def _plain_state(state: dict[str, Any], added_ids: set[int]) -> dict[str, Any]:
     """
     The `tokenizer.json` of a tokenizer to which these tokens are text like any other: no text becomes one of them,
@@ -222,5 +260,5 @@ def _plain_state(state: dict[str, Any], added_ids: set[int]) -> dict[str, Any]:
     for part in (splitter, *splitter.get("pretokenizers", ())):
         if part.get("prepend_scheme") == "first":
             part["prepend_scheme"] = "never"
-    spaces = [token for token in state["added_tokens"] if not token["content"].strip()]
+    spaces = [token for token in state["added_tokens"] if _is_space(token["content"])]
     return state | {"added_tokens": spaces, "post_processor": None, "truncation": None, "padding": None}

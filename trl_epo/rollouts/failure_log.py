@@ -90,4 +90,5 @@ def _line(record: dict[str, Any]) -> str:
     try:
         return json.dumps(record, default=repr) + "\n"
     except Exception as error:  # options with keys that are no text, in a circle, or that cannot even be shown
-        return json.dumps({**record, "options": f"{type(error).__name__}: they cannot be written as JSON"}) + "\n"
+        told = {**record, "options": f"{type(error).__name__}: they cannot be written as JSON"}
+        return json.dumps(told, default=repr) + "\n"

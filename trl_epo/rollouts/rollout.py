@@ -13,7 +13,7 @@ from typing import Any
 
 from ..sampling import Sample, TurnSampler
 from ..text import info_taken_in, name_of, taken_in
-from .chat import END_OF_THOUGHT, THINK
+from .chat import THOUGHTS, after_thoughts
 from .contexts import ContextRules, NextTurn, PastTurn, TurnView
 from .environment_pool import EnvironmentPool, EnvironmentWorker
 from .episode import Episode, StopReason, Turn
@@ -27,12 +27,6 @@ ActionParser = Callable[[str], str | None]
 NO_PROMPT = [{"role": "user", "content": ""}]  # of an episode that failed before it had one
 
 _ACTION_TAG = re.compile(r"<action>(.*?)</action>", re.DOTALL)
-
-
-def after_thoughts(text: str) -> str | None:
-    """What stands after the last `</think>`, all of a text without thoughts; `None` if a thought is not closed."""
-    rest = text.rpartition(END_OF_THOUGHT)[2]
-    return None if THINK in rest else rest
 
 
 def parse_action(text: str) -> str | None:
@@ -169,7 +163,7 @@ class _Playing:
         self.context += sample.token_ids
         self.text = rules.chat.decode(sample.token_ids)
         # A thought that the template has opened is not closed by a text without tags either
-        self.cut_thought = after_thoughts(THINK * rules.chat.opens_thought + self.text) is None
+        self.cut_thought = after_thoughts(THOUGHTS[0][0] * rules.chat.opens_thought + self.text) is None
         try:
             cut = self.cut_thought and action_parser in IGNORE_THOUGHTS
             self.action = None if cut else action_parser(self.text)

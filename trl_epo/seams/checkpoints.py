@@ -386,7 +386,10 @@ class FaultTolerantGRPOTrainer(PushingGRPOTrainer):
         with self._noting_errors() if self._saving else nullcontext():
             super().create_model_card(model_name, dataset_name, tags)
             if self.is_world_process_zero():
-                self.extend_model_card(Path(self.args.output_dir) / "README.md")
+                try:
+                    self.extend_model_card(Path(self.args.output_dir) / "README.md")
+                except Exception:  # a card is worth no checkpoint
+                    logger.warning("The model card could not be completed and is TRL's.", exc_info=True)
 
     def _best(self) -> dict[str, Any]:
         return {name: getattr(self.state, name) for name in BEST}
