@@ -78,6 +78,10 @@ def test_every_new_field_is_documented():
             "'turn_history'.*entropy_corridor_coef=0.1.*'history' or 'linear'",
         ),
         ({"use_adaptive_entropy": True}, "use_adaptive_entropy.*entropy_coef=0.0"),
+        (
+            {"gradient_checkpointing_kwargs": {"every_n_layers": 2}},
+            r"gradient_checkpointing_kwargs.*\['every_n_layers'\].*Leave them out",
+        ),
         ({"max_turns": 0}, "max_turns.*0.*at least 1"),
         ({"max_turns": 2.5}, "max_turns.*2.5.*whole number"),
         ({"max_concurrent_episodes": 0}, "max_concurrent_episodes.*0.*at least 1"),

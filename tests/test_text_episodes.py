@@ -667,6 +667,12 @@ class TestWithTrl:
         with pytest.raises(ValueError, match=message):
             make_trainer(tmp_path, tokenizer, **settings)
 
+    def test_a_model_on_several_devices_is_refused(self, tmp_path, tokenizer):
+        model = make_model()
+        model.hf_device_map = {"model": 0, "lm_head": 1}
+        with pytest.raises(ValueError, match="spread over 2 devices.*`accelerate launch`"):
+            make_trainer(tmp_path, tokenizer, model=model)
+
     def test_prompt_tuning_is_refused(self, tmp_path, tokenizer):
         peft_config = PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4)
         with pytest.raises(ValueError, match="prompt-learning adapter"):

@@ -464,6 +464,17 @@ class EPOConfig(GRPOConfig):
             value = getattr(self, name)
             if not isinstance(value, int) or value < 1:
                 raise ValueError(f"`{name}` is {value!r}, but must be a whole number of at least 1.")
+        if others := {"every_n_layers", "offload"} & (self.gradient_checkpointing_kwargs or {}).keys():
+            raise ValueError(
+                f"`gradient_checkpointing_kwargs` sets {sorted(others)}, which only Trainer knows: TRL switches checkpointing on "
+                "again after each generation, without them. Leave them out."
+            )
+        sampled_at = (self.generation_kwargs or {}).get("temperature", self.temperature)
+        if sampled_at != self.temperature:
+            logger.warning_once(
+                f"`generation_kwargs` samples at temperature {sampled_at}, but losses and entropies are those at "
+                f"`temperature={self.temperature}`. Set `temperature` alone."
+            )
         self._check_entropy_terms()
         self._check_episodes()
         self._check_credit()

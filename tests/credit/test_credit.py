@@ -7,9 +7,13 @@ import threading
 
 import pytest
 import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
+from accelerate.utils import TorchDynamoPlugin
 from conftest import Corridor, make_model
 from datasets import Dataset
 from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file
 from test_text_episodes import make_trainer as make_any_trainer
 from test_text_episodes import weights
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -26,6 +30,7 @@ from trl_epo import EPOConfig
 from trl_epo.batches.batching import sum_dtype
 from trl_epo.credit.advantages import gae
 from trl_epo.credit.critic import make_critic, value_head
+from trl_epo.credit.critic_checkpoint import _load_optimizer, _save_optimizer, load_model, save_model
 from trl_epo.rollouts.rollout import parse_action
 
 
@@ -396,7 +401,8 @@ class TestCritic:
                 assert not isinstance(result, torch.Tensor) or result.dtype != torch.float64, func
                 return result
 
-        assert (sum_dtype(torch.device("mps")), sum_dtype(torch.device("cpu"))) == (torch.float32, torch.float64)
+        assert sum_dtype(torch.device("mps")) == sum_dtype(torch.device("xpu")) == torch.float32
+        assert sum_dtype(torch.device("cpu")) == sum_dtype(torch.device("cuda")) == torch.float64
         trainer = make_trainer(tmp_path, tokenizer, factory=Steps, advantage_estimator="gae", max_steps=1)
         assign = trainer._credit.assign
 
@@ -630,6 +636,61 @@ class TestCritic:
         trainer.train()
         assert not torch.equal(weights(trainer), before)
         assert not torch.equal(critic_weights(trainer), critic)
+
+    @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+    @pytest.mark.parametrize("lora", [False, True])
+    def test_it_learns_in_32_bits_whatever_the_policy_is_in(self, dtype, lora):
+        policy = make_model().to(dtype)
+        policy = get_peft_model(policy, LoraConfig(r=2, target_modules=["q_proj"])) if lora else policy
+        critic = make_critic(policy, None)
+        learning = [weight for weight in critic.parameters() if weight.requires_grad]
+        assert {weight.dtype for weight in learning} == {torch.float32}
+        assert not lora or {w.dtype for w in critic.parameters() if not w.requires_grad} == {dtype}
+        with torch.no_grad():
+            value_head(critic).weight += 0.1
+        ids = torch.randint(3, 300, (1, 9))
+        with torch.autocast("cpu", torch.bfloat16):
+            values = critic(input_ids=ids).logits
+            hidden = (critic.get_base_model() if lora else critic).model(ids).last_hidden_state
+        assert values.dtype == torch.float32
+        torch.testing.assert_close(values[..., 0], 0.1 * hidden.float().sum(-1))
+        scaler = torch.amp.GradScaler("cpu")
+        optimizer = torch.optim.AdamW(learning)
+        scaler.scale(values.sum()).backward()
+        scaler.unscale_(optimizer)
+
+    @pytest.mark.parametrize("lora", [False, True])
+    def test_a_compiled_one_is_saved_as_any_other(self, tmp_path, lora):
+        AcceleratorState._reset_state(reset_partial_state=True)
+        accelerator = Accelerator(cpu=True, dynamo_plugin=TorchDynamoPlugin(backend="eager"))
+        policy = make_model()
+        policy = get_peft_model(policy, LoraConfig(r=2, target_modules=["q_proj"])) if lora else policy
+        first, second = (accelerator.prepare_model(make_critic(policy, None)) for _ in range(2))
+        with torch.no_grad():
+            for weight in first.parameters():
+                weight += 0.1 * weight.requires_grad
+        save_model(accelerator, first, str(tmp_path), writes=True)
+        load_model(accelerator, second, str(tmp_path))
+        assert all(torch.equal(*pair) for pair in zip(first.parameters(), second.parameters(), strict=True))
+        assert not any("_orig_mod" in name for path in tmp_path.glob("*.safetensors") for name in load_file(path))
+
+    def test_weights_whose_optimizer_shares_a_table(self, tmp_path):
+        def optimizer():
+            weights = [torch.ones(2, requires_grad=True), torch.ones(3, requires_grad=True)]
+            return torch.optim.AdamW(weights), weights
+
+        (first, weights), (second, _) = optimizer(), optimizer()
+        for weight in weights:
+            weight.sum().backward()
+        first.step()
+        table = torch.linspace(-1, 1, 256)  # as of bitsandbytes in 8 bits
+        for state in first.state.values():
+            state["qmap1"] = table
+        _save_optimizer(first, str(tmp_path))
+        _load_optimizer(second, str(tmp_path))
+        for before, after in zip(first.state.values(), second.state.values(), strict=True):
+            assert before.keys() == after.keys()
+            assert all(torch.equal(before[name], after[name]) for name in before)
 
     def test_a_gradient_scaler_serves_policy_and_critic(self, tmp_path, tokenizer):
         """As in fp16, which needs a GPU otherwise: both step with gradients that were scaled back, once."""

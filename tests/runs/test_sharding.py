@@ -10,7 +10,7 @@ from transformers import Trainer
 
 from trl_epo import EPOConfig
 from trl_epo.credit.critic import make_critic, make_optimizer
-from trl_epo.runs.sharding import check_critic, check_rollouts
+from trl_epo.runs.sharding import check_checkpointing, check_critic, check_rollouts
 
 
 def accelerator(kind: DistributedType, is_fsdp2: bool = False, zero_stage: int = 0, **config):
@@ -36,6 +36,14 @@ def test_rollouts():
         check_rollouts(FSDP2, calls_whole_model=True, casts_weights=True)
     for fine in (DDP, ZERO2):
         check_rollouts(fine, calls_whole_model=True, casts_weights=True)
+
+
+def test_checkpointing(tmp_path):
+    args = EPOConfig(str(tmp_path), gradient_checkpointing=True, gradient_checkpointing_kwargs={"use_reentrant": True})
+    with pytest.raises(ValueError, match="`use_reentrant=True`.*Leave it out"):
+        check_checkpointing(args, DDP)
+    check_checkpointing(args, FSDP2)
+    check_checkpointing(EPOConfig(str(tmp_path), gradient_checkpointing=True), DDP)
 
 
 def test_critic(tmp_path):

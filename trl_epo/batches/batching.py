@@ -16,7 +16,7 @@ def action_mask(batch: dict[str, Any]) -> Tensor:
 
 def sum_dtype(device: torch.device) -> torch.dtype:
     """In what to add up many numbers on a device."""
-    return torch.float32 if device.type == "mps" else torch.float64  # MPS has no float64
+    return torch.float64 if device.type in ("cpu", "cuda") else torch.float32  # others may have no float64
 
 
 def length_groups(lengths: Sequence[int], overhead: int, max_tokens: float = math.inf) -> list[list[int]]:

@@ -26,7 +26,7 @@ from trl.trainer.utils import disable_dropout_in_model
 
 from ..batches import Run, action_mask, equal_number_of_forwards, in_forwards, keep_only, lay_out_contexts
 from ..runs import check_critic, gathered_weights
-from .critic_checkpoint import load_adapter, load_engine, load_model, load_training, save_model, save_training
+from .critic_checkpoint import load_adapter, load_engine, load_model, load_training, save_model, save_training, whole
 
 
 logger = logging.getLogger(__name__)
@@ -100,12 +100,14 @@ def make_critic(
         with torch.no_grad(), gathered_weights(value_head(critic)):
             for weight in value_head(critic).parameters():
                 weight.zero_()
-    num_known, of_policy = (model.get_input_embeddings().num_embeddings for model in (critic, language_model))
+    num_known, of_policy = map(_num_tokens, (critic, language_model))
     if num_known < min(vocab_size, of_policy):  # which may be padded, one more than the other
         raise ValueError(
             f"`critic_model` ({critic_model}) knows {num_known} tokens, but the policy's tokenizer has {vocab_size}. Both "
             "read the same tokens: give a model with the policy's tokenizer."
         )
+    critic.config.use_cache = False  # of which nothing would be read
+    value_head(critic).__class__ = ValueHead
     if is_peft_model(policy):
         peft_config = copy.deepcopy(policy.peft_config[policy.active_adapter])
         peft_config.task_type, peft_config.inference_mode = TaskType.TOKEN_CLS, False
@@ -117,7 +119,16 @@ def make_critic(
         with gathered_weights(critic):
             load_adapter(critic, adapter)
     disable_dropout_in_model(critic)
+    for weight in critic.parameters():
+        # Steps of a usual size are lost in 16 bits, and a gradient scaler takes none of these
+        if weight.requires_grad and weight.dtype in (torch.float16, torch.bfloat16) and not hasattr(weight, "ds_id"):
+            weight.data = weight.data.float()
     return critic
+
+
+def _num_tokens(model: PreTrainedModel) -> int:
+    embeddings = model.get_input_embeddings()
+    return getattr(embeddings, "num_embeddings", None) or embeddings.weight.shape[0]
 
 
 def _copy_weights(policy: nn.Module, critic: nn.Module) -> None:
@@ -146,6 +157,14 @@ def value_head(critic: nn.Module) -> nn.Linear:
     """The last linear layer, which makes the one number."""
     heads = [module for module in critic.modules() if isinstance(module, nn.Linear) and module.out_features == 1]
     return heads[-1]
+
+
+class ValueHead(nn.Linear):
+    """A head that computes in its weights' own type, also under autocast: 16 bits would round values by half a percent."""
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        with torch.autocast(hidden.device.type, enabled=False):
+            return super().forward(hidden.to(self.weight.dtype))
 
 
 class Critic:
@@ -208,7 +227,7 @@ class Critic:
             action_mask(batch),
             batch.get("context_ids"),
         )
-        plain = self.accelerator.unwrap_model(self.model)
+        plain = whole(self.accelerator, self.model)
         backbone = (plain.get_base_model() if is_peft_model(plain) else plain).base_model
         if isinstance(self.model, DistributedDataParallel):
             self.model.require_backward_grad_sync = self.accelerator.sync_gradients
@@ -301,6 +320,9 @@ def make_optimizer(critic: nn.Module, args: TrainingArguments) -> torch.optim.Op
         not isinstance(kind, type)
         or not issubclass(kind, torch.optim.Optimizer)
         or not kwargs.keys().isdisjoint(OWN_WEIGHTS)
+        or args.optim.value.startswith(
+            "schedule_free"
+        )  # it wants to be told when training begins, which Trainer tells its own
     ):
         raise ValueError(
             f"`optim={args.optim.value!r}` chooses its weights by itself and cannot be used for a critic "

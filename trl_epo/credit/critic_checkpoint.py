@@ -22,16 +22,21 @@ logger = logging.getLogger(__name__)
 OPTIMIZER_TENSORS, OPTIMIZER_REST, SCHEDULE_FILE = "optimizer.safetensors", "optimizer.json", "schedule.json"
 
 
+def whole(accelerator: Accelerator, model: nn.Module) -> Any:
+    """The model without what distributed training and `torch.compile` have put around it."""
+    return accelerator.unwrap_model(model, keep_torch_compile=False)
+
+
 def save_model(accelerator: Accelerator, model: nn.Module, folder: str, writes: bool) -> None:
     """Write it as a model or an adapter on the process that `writes`; to be called on all of them."""
-    weights = accelerator.get_state_dict(model)
+    weights = {name.replace("_orig_mod.", ""): weight for name, weight in accelerator.get_state_dict(model).items()}
     if writes:
-        accelerator.unwrap_model(model).save_pretrained(folder, state_dict=weights)
+        whole(accelerator, model).save_pretrained(folder, state_dict=weights)
 
 
 def load_model(accelerator: Accelerator, model: nn.Module, folder: str, trust_remote_code: bool = False) -> None:
     """Take the weights that [`save_model`] wrote."""
-    model = accelerator.unwrap_model(model)
+    model = whole(accelerator, model)
     if is_peft_model(model):
         load_adapter(model, os.path.join(folder, _adapter_subfolder(model)))
     else:
@@ -64,7 +69,7 @@ def save_training(
 ) -> None:
     """Write the state of the optimizer and its schedule; with DeepSpeed and FSDP in their own formats."""
     if accelerator.distributed_type == DistributedType.DEEPSPEED:
-        model.save_checkpoint(folder, exclude_frozen_parameters=is_peft_model(accelerator.unwrap_model(model)))
+        model.save_checkpoint(folder, exclude_frozen_parameters=is_peft_model(whole(accelerator, model)))
     elif accelerator.distributed_type == DistributedType.FSDP:
         save_fsdp_optimizer(accelerator.state.fsdp_plugin, accelerator, optimizer, model, folder)
     elif writes:
@@ -100,7 +105,9 @@ def _save_optimizer(optimizer: Optimizer, folder: str) -> None:
     for weight, values in state["state"].items():
         for name, value in values.items():
             (tensors if isinstance(value, Tensor) else rest)[f"{weight}.{name}"] = value
-    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, os.path.join(folder, OPTIMIZER_TENSORS))
+    # Some optimizers give all weights one and the same tensor
+    tensors = {name: tensor.detach().clone().contiguous() for name, tensor in tensors.items()}
+    save_file(tensors, os.path.join(folder, OPTIMIZER_TENSORS))
     _write({"state": rest, "param_groups": state["param_groups"]}, os.path.join(folder, OPTIMIZER_REST))
 
 

@@ -24,6 +24,7 @@ from .randomness import own_randomness
 from .run_state import load_run_state, save_run_state
 from .sharding import (
     called_alone,
+    check_checkpointing,
     check_critic,
     check_rollouts,
     gathered_weights,
@@ -46,6 +47,7 @@ __all__ = [
     "PushError",
     "begin_checkpoint",
     "called_alone",
+    "check_checkpointing",
     "check_critic",
     "check_rollouts",
     "check_unused",

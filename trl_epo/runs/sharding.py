@@ -71,6 +71,16 @@ def check_rollouts(accelerator: Accelerator, calls_whole_model: bool, casts_weig
         )
 
 
+def check_checkpointing(args: TrainingArguments, accelerator: Accelerator) -> None:
+    """Raise a `ValueError` if activations are computed again in a way that several replicas cannot do with several forwards."""
+    reentrant = args.gradient_checkpointing and (args.gradient_checkpointing_kwargs or {}).get("use_reentrant")
+    if reentrant and accelerator.distributed_type in (DistributedType.MULTI_GPU, DistributedType.MULTI_CPU):
+        raise ValueError(
+            "`use_reentrant=True` in `gradient_checkpointing_kwargs` cannot be used on several processes, as the loss of episodes "
+            "of different lengths takes several forwards. Leave it out."
+        )
+
+
 def check_critic(args: TrainingArguments, accelerator: Accelerator) -> None:
     """
     Check that a critic can be trained beside the policy.

@@ -151,7 +151,7 @@ class SamplingGRPOTrainer(FaultTolerantGRPOTrainer):
             settings = {name: getattr(self, name) for name in SAMPLING_SETTINGS} | (self.args.generation_kwargs or {})
             try:
                 sampler = CachedTurnSampler(
-                    model,
+                    getattr(model, "_orig_mod", model),  # compiled, it would be anew for each width
                     eos_token_ids=self.eos_token_ids,
                     pad_token_id=self._tokenizer.pad_token_id,
                     temperature=settings["temperature"],

@@ -23,7 +23,7 @@ from ..batches import action_mask, equal_number_of_forwards, score_tokens
 from ..entropy import cut_share
 from ..reports import SAMPLING, SCORING, StepTimes
 from ..rollouts import PlayedBatch
-from ..runs import check_rollouts, keep_output_precision, set_timeout, shards_with_zero3
+from ..runs import check_checkpointing, check_rollouts, keep_output_precision, set_timeout, shards_with_zero3
 from ..text import printable_parts, shown
 from .replacing import replaced
 from .sampling import SamplingGRPOTrainer
@@ -215,6 +215,12 @@ class SeamedGRPOTrainer(SamplingGRPOTrainer):
                 "Text episodes cannot be played with a prompt-learning adapter (prompt tuning, prefix tuning): it puts "
                 "virtual tokens before every turn. Use LoRA or another adapter of the weights."
             )
+        if len(devices := set(getattr(self.model, "hf_device_map", {}).values())) > 1:
+            raise ValueError(
+                f"The model is spread over {len(devices)} devices, on which text episodes cannot be played. Start a process for each "
+                "with `accelerate launch`, or let this one see a single device, e.g. `CUDA_VISIBLE_DEVICES=0`."
+            )
+        check_checkpointing(self.args, self.accelerator)
         if not self.use_vllm:
             slow = self.use_transformers_continuous_batching or self._unfit_for_cached_sampler
             batching = self.use_transformers_continuous_batching
