@@ -4,6 +4,7 @@ import importlib.util
 import json
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -244,6 +245,54 @@ def test_the_expert_goes_on_after_mistakes(generated, make):
             assert steps <= 12
     with pytest.raises(RuntimeError, match="env.reset"):
         make().expert_action()
+
+
+@needs_alfworld
+def test_a_searching_expert_knows_what_was_shown(generated):
+    draw, lengths = random.Random(0), []
+    for row in tasks("train", data=generated):
+        env = LocalAlfWorld(turns=60, searching_expert=True)
+        shown, info = env.reset(options=row)
+        while not info["success"]:
+            command = env.expert_action()
+            if not command.startswith(("go to", "open")):
+                assert all(name in shown for name in re.findall(r"[a-z]+ \d+", command)), command
+            if draw.random() < 0.3:
+                command = draw.choice(info["admissible_actions"])
+            observation, _, terminated, truncated, info = env.step(command)
+            shown += observation
+            assert not truncated
+        lengths.append(env._turn)
+        env.close()
+    assert len(lengths) == 12
+
+
+@needs_alfworld
+def test_what_is_true_is_told_in_order():
+    from textworld.logic import Type, TypeHierarchy
+
+    from trl_epo.envs.alfworld.engine import Facts
+
+    types = TypeHierarchy()
+    for name in ("mug", "shelf"):
+        types.add(Type(name, ["object"]))
+    facts = Facts(types)
+
+    def on_shelves(condition="on(m:mug, s:shelf)"):
+        return [[value for value, _ in way.values()] for way in facts.matches(condition, {})]
+
+    def on(mug, shelf):
+        return "on", ((mug, "mug"), (shelf, "shelf"))
+
+    assert on_shelves() == []
+    facts.add(*on("mug_2", "shelf_1"))
+    assert on_shelves() == [["mug_2", "shelf_1"]]
+    facts.add(*on("mug_1", "shelf_1"))
+    assert on_shelves() == [["mug_1", "shelf_1"], ["mug_2", "shelf_1"]]
+    both = "on(m:mug, s:shelf) & on(n:mug, s:shelf)"  # different placeholders are different things
+    assert on_shelves(both) == [["mug_1", "shelf_1", "mug_2"], ["mug_2", "shelf_1", "mug_1"]]
+    facts.discard(*on("mug_1", "shelf_1"))
+    assert on_shelves() == [["mug_2", "shelf_1"]] and on_shelves(both) == []
 
 
 @needs_real_games
