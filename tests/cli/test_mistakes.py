@@ -14,7 +14,7 @@ from trl_epo.cli.mistakes import is_told
 from trl_epo.cli.play import PlayArguments
 from trl_epo.cli.settings import _make_parser, parse
 from trl_epo.cli.warm_up import WarmUpArguments
-from trl_epo.runs import LOCK_FILE, last_whole_checkpoint
+from trl_epo.runs import LOCK_FILE, last_whole_checkpoint, step_of
 
 
 OWN = """
@@ -193,10 +193,6 @@ class TestCheckEnv:
         assert "'roms'" in line and "It takes (rooms: int" in line
 
 
-def step_of(checkpoint):
-    return int(checkpoint.name.rpartition("-")[2])
-
-
 class TestOneRunAFolder:
     def test_while_one_runs_and_after_it_was_killed(self, capsys, tmp_path, model_folder):
         given = flags(model_folder, tmp_path, "--save_steps", "1", "--max_steps", "100000", "--save_total_limit", "2")
@@ -209,7 +205,8 @@ class TestOneRunAFolder:
                 # The third is begun once the second is whole
                 assert wait_for(
                     lambda: (
-                        any(step_of(path) > 2 for path in tmp_path.glob("checkpoint-*")) or first.poll() is not None
+                        any(step_of(path.name) > 2 for path in tmp_path.glob("checkpoint-*"))
+                        or first.poll() is not None
                     )
                 )
                 assert first.poll() is None
@@ -220,7 +217,7 @@ class TestOneRunAFolder:
                 first.kill()
         assert (tmp_path / LOCK_FILE).exists()
         assert "of an earlier run. Go on from there with --resume" in told(capsys, "train", *given)
-        step = step_of(Path(last_whole_checkpoint(tmp_path)))
+        step = step_of(Path(last_whole_checkpoint(tmp_path)).name)
         line = told(capsys, "train", *given[:-4], "--max_steps", str(step - 1), "--resume")
         assert f"checkpoint-{step} is of more steps than `max_steps={step - 1}`" in line
         cli.main(["train", *given[:-4], "--max_steps", str(step + 1), "--resume"])

@@ -14,12 +14,10 @@ from unittest import mock
 import pytest
 import torch
 from conftest import Corridor
-from datasets import Dataset
-from vllm_run import ComparingTrainer, count_rights, run_alone, save_model, settings, weights_as_they_are
+from vllm_run import comparing_trainer, run_alone, save_model, weights_as_they_are
 
 from trl_epo import EPOTrainer
 from trl_epo.imitation import warm_up
-from trl_epo.rollouts.rollout import parse_action
 from trl_epo.sampling.engine import MAX_TRIES
 
 
@@ -68,23 +66,14 @@ def noted_steps(engine):
 
 def main(folder: str) -> None:
     save_model(f"{folder}/model", context_length=2048)
-    args = settings(
+    trainer = comparing_trainer(
         folder,
+        ROWS,
+        Paced,
         per_device_train_batch_size=NUM_EPISODES,
-        num_generations=2,
         max_turns=NUM_TURNS,
-        max_turn_length=8,
         max_steps=NUM_STEPS,
-        shuffle_dataset=False,
         vllm_max_model_length=2048,
-    )
-    trainer = ComparingTrainer(
-        f"{folder}/model",
-        reward_funcs=count_rights,
-        args=args,
-        train_dataset=Dataset.from_list(ROWS),
-        environment_factory=Paced,
-        action_parser=parse_action,
     )
     engine = trainer.vllm_generation.llm.llm_engine
     with noted_steps(engine) as answers:

@@ -10,9 +10,7 @@ from accelerate import PartialState
 from accelerate.utils import gather_object
 from conftest import Corridor
 from datasets import Dataset
-from vllm_run import ComparingTrainer, count_rights, run_alone, save_model, settings, weights_as_they_are
-
-from trl_epo.rollouts.rollout import parse_action
+from vllm_run import comparing_trainer, run_alone, save_model, weights_as_they_are
 
 
 pytest.importorskip("vllm")
@@ -46,24 +44,15 @@ def main(folder: str) -> None:
     with state.main_process_first():
         if state.is_main_process:
             save_model(f"{folder}/model", context_length=2048)
-    args = settings(
+    trainer = comparing_trainer(
         folder,
+        ROWS,
+        Paced,
         per_device_train_batch_size=NUM_EPISODES,
-        num_generations=2,
         num_generations_eval=1,
         max_turns=NUM_TURNS,
-        max_turn_length=8,
         max_steps=NUM_STEPS,
-        shuffle_dataset=False,
         vllm_max_model_length=1024,
-    )
-    trainer = ComparingTrainer(
-        f"{folder}/model",
-        reward_funcs=count_rights,
-        args=args,
-        train_dataset=Dataset.from_list(ROWS),
-        environment_factory=Paced,
-        action_parser=parse_action,
     )
     trainer.train()
     record = {

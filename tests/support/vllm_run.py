@@ -10,8 +10,10 @@ from unittest import mock
 
 import torch
 from conftest import child_environment, make_model, make_tokenizer
+from datasets import Dataset
 
 from trl_epo import EPOConfig, EPOTrainer
+from trl_epo.rollouts.rollout import parse_action
 
 
 def save_model(folder: str | Path, context_length: int = 1024) -> None:
@@ -85,6 +87,18 @@ class ComparingTrainer(EPOTrainer):
 def count_rights(completions, episodes, **kwargs) -> list[float]:
     """A reward that differs between the episodes of a group, so that the weights change."""
     return [float(sum("r" in turn.text for turn in episode.turns)) for episode in episodes]
+
+
+def comparing_trainer(folder: str | Path, rows: list[dict], environment_factory: Any, **more: Any) -> ComparingTrainer:
+    """On the saved model: two short-spoken episodes of each row, in the order of the rows."""
+    return ComparingTrainer(
+        f"{folder}/model",
+        reward_funcs=count_rights,
+        args=settings(folder, num_generations=2, max_turn_length=8, shuffle_dataset=False, **more),
+        train_dataset=Dataset.from_list(rows),
+        environment_factory=environment_factory,
+        action_parser=parse_action,
+    )
 
 
 def weights_as_they_are() -> AbstractContextManager:

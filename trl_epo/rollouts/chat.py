@@ -23,6 +23,7 @@ THOUGHTS = (
     ("<|channel|>analysis", "<|channel|>final<|message|>"),
 )
 _MARKS = {"<think>", "</think>", "[THINK]", "[/THINK]", "<|channel>", "<channel|>", "<|channel|>", "<|message|>"}
+_MARK = re.compile("(" + "|".join(map(re.escape, sorted(_MARKS))) + ")")
 _HARMONY = "<|channel|>"  # gpt-oss always thinks, and its template ends an answer as it ends a thought
 
 
@@ -173,7 +174,7 @@ class ChatEncoder:
         Token ids of what the assistant says, as a model samples them that ends its turn as the template does. No special
         token is read from `text` but those that tell a thought from what follows it.
         """
-        parts = re.split("(" + "|".join(map(re.escape, sorted(_MARKS))) + ")", text)
+        parts = _MARK.split(text)
         pieces = [(part, part in _MARKS) for part in parts if part]
         if len(parts) == 1:
             pieces.insert(0, (self._before_action, True))
