@@ -278,6 +278,12 @@ class EPOTrainer(ReportingTrainer):
     # L_MT − λ·(L_H − β_k·L_smooth), and H̄_k for the history
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        moment = self._moment
+        value_loss = None
+        if self._critic is not None and moment.train:  # first: its activations are gone when the policy's come
+            alone = self.entropy_history.step < self.args.critic_warmup_steps
+            value_loss, metrics = self._credit.train_critic(inputs, moment.micro_batches, alone)
+            self.add_metrics(metrics)
         with self.capture_entropies() as captured:
             policy_loss = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         if len(captured) != 1:
@@ -285,7 +291,6 @@ class EPOTrainer(ReportingTrainer):
                 f"TRL computed token entropies {len(captured)} times in one loss instead of once. This version of TRL "
                 "does not fit trl_epo; `pip install trl-epo` installs one that does."
             )
-        moment = self._moment
         metrics: dict[str, Any] = {}
         loss = policy_loss
         if self.entropy_term.acts:
@@ -293,10 +298,8 @@ class EPOTrainer(ReportingTrainer):
             loss = policy_loss + added
         metrics |= self.entropy_term.observe(captured[0].detach(), inputs, moment)
         self.add_metrics({f"epo/{name}": value for name, value in metrics.items()})
-        if self._critic is not None and moment.train:
-            alone = self.entropy_history.step < self.args.critic_warmup_steps
-            loss, metrics = self._credit.train_critic(inputs, loss, moment.micro_batches, alone)
-            self.add_metrics(metrics)
+        if value_loss is not None:
+            loss = (0.0 * loss if alone else loss) + value_loss
         return loss
 
     @property

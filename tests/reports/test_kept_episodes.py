@@ -261,7 +261,7 @@ class TestColumns:
     def test_each_episode_once(self, run):
         # A process that has no state of its own in a checkpoint takes the first one's.
         keeper, table = run[1]._keeper, pq.read_table(run[0] / "episodes" / training_file(0))
-        assert keeper._gathered([table.slice(2), table.slice(0, 4)]).equals(table)
+        assert keeper._one_table([table.slice(2), table.slice(0, 4)]).equals(table)
 
     def test_snippets_of_the_docs(self, run, tmp_path, monkeypatch):
         folder, _ = run

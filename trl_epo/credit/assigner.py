@@ -91,25 +91,22 @@ class CreditAssigner:
         batch["advantages"] = by_token
         return {}
 
-    def train_critic(
-        self, batch: dict[str, Any], loss: Tensor, micro_batches: int, alone: bool
-    ) -> tuple[Tensor, dict[str, float]]:
+    def train_critic(self, batch: dict[str, Any], micro_batches: int, alone: bool) -> tuple[Tensor, dict[str, float]]:
         """
         The critic's part of a micro-batch: its gradients.
 
         Args:
             batch (`dict`): The micro-batch.
-            loss (`Tensor`): The policy's loss.
             micro_batches (`int`): Micro-batches of the optimizer step.
             alone (`bool`): Whether only the critic learns from it.
 
         Returns:
-            `tuple[Tensor, dict[str, float]]`: The policy's loss, to which the critic's is added as a constant, and metrics.
+            `tuple[Tensor, dict[str, float]]`: The critic's loss, without a graph, and metrics.
         """
         self.critic.trains_alone = alone
         value_loss, metrics = self.critic_loss(batch, micro_batches)
         self.critic.backward(value_loss)
-        return (0.0 * loss if alone else loss) + value_loss.detach(), metrics
+        return value_loss.detach(), metrics
 
     def critic_loss(self, batch: dict[str, Any], micro_batches: int) -> tuple[Tensor, dict[str, float]]:
         """

@@ -275,7 +275,6 @@ class Critic:
                 self.optimizer.step()
             else:  # its `update`, once for all optimizers, comes with the policy's step
                 self.accelerator.scaler.step(self.optimizer)
-        self.schedule.step()
 
     def forget_gradients(self) -> None:
         self.model.zero_grad()
@@ -348,3 +347,7 @@ class TrainCritic(TrainerCallback):
             for group in optimizer.param_groups:
                 for weight in group["params"]:
                     weight.grad = None
+
+    def on_optimizer_step(self, args, state, control, **kwargs):
+        if not self.critic.accelerator.optimizer_step_was_skipped:  # as Trainer does with the policy's
+            self.critic.schedule.step()

@@ -173,7 +173,7 @@ class EpisodeKeeper:
         """Write the episodes of a training batch, also if some of its losses were not computed."""
         if not self._is_open:
             return
-        table = self._gathered(self._tables(list(self._pending.values())))
+        table = self._one_table(gather_object(self._tables(list(self._pending.values()))))
         self._is_open, self._pending = False, {}
         if table is None:
             return
@@ -202,13 +202,15 @@ class EpisodeKeeper:
             return
         where = {"mode": "eval", "panel": panel, "step": step, "rl_step": rl_step, "temperature": temperature}
         rows = [self._row(batch, index, where) for index in range(len(batch.places))]
-        self._panel += self._tables([row for row in rows if row is not None])
+        gathered = gather_object(self._tables([row for row in rows if row is not None]))  # a batch: bounded memory
+        if self._accelerator.is_main_process:
+            self._panel += gathered
 
     def end_panel(self) -> None:
         """Write the episodes of an evaluation, in the place of an earlier one's of the same weights."""
         if not self._number:
             return
-        table = self._gathered(self._panel)
+        table = self._one_table(self._panel)
         self._panel = []
         if table is not None:
             panel, step = table["panel"][0].as_py(), table["step"][0].as_py()
@@ -253,9 +255,8 @@ class EpisodeKeeper:
             logger.warning("%d episodes could not be kept: %s", len(rows), printable(str(error)))
             return []
 
-    def _gathered(self, tables: list[pa.Table]) -> pa.Table | None:
-        """The tables of all processes as one on the main process, each episode once, by their places."""
-        tables = gather_object(tables)
+    def _one_table(self, tables: list[pa.Table]) -> pa.Table | None:
+        """The tables of all processes as one, on the main process, each episode once, by their places."""
         if not tables or not self._accelerator.is_main_process:
             return None
         table = pa.concat_tables(tables)

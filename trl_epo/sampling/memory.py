@@ -51,11 +51,12 @@ class Footprint:
         inner = getattr(config, "intermediate_size", None) or 4 * hidden
         token = 2 * key_heads * head_size * size  # keys and values in one layer
         scores = heads * (2 * size + 4) if config._attn_implementation == "eager" else 0
+        kinds = len(set(getattr(config, "layer_types", None) or [None]))  # of layers, each with a mask of its own
         return cls(
             cached=config.num_hidden_layers * token,
             attended=token + (2 * heads * head_size * size if heads != key_heads else 0),
             read=(3 * inner + 4 * hidden) * size,
-            pair=1 + size + scores,
+            pair=2 + kinds * (1 + size) + scores,  # what a mask is made from, then it, boolean and as numbers
         )
 
     def piece(self, num_rows: int, context: int) -> tuple[int, int]:
