@@ -13,7 +13,15 @@ from conftest import CHATML, PATIENT_RUN, Corridor, make_model
 from datasets import Dataset, IterableDataset
 from peft import LoraConfig, PromptTuningConfig
 from torch.profiler import profile
-from transformers import AttentionInterface, BloomConfig, BloomForCausalLM, Phi3Config, Phi3ForCausalLM
+from transformers import (
+    AttentionInterface,
+    BloomConfig,
+    BloomForCausalLM,
+    MambaConfig,
+    MambaForCausalLM,
+    Phi3Config,
+    Phi3ForCausalLM,
+)
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
@@ -690,14 +698,21 @@ class TestWithTrl:
         assert 0 < len(casts) <= len(shapes)
         assert not any(weight.requires_grad for weight in frozen)
 
-    def test_trls_generation_for_models_that_do_not_fit(self, tmp_path, tokenizer, monkeypatch):
+    @pytest.mark.parametrize(
+        ("architecture", "config", "sizes"),
+        [
+            (BloomForCausalLM, BloomConfig, {"n_layer": 2, "n_head": 4}),
+            (MambaForCausalLM, MambaConfig, {"num_hidden_layers": 2, "state_size": 4}),  # has no attention heads
+        ],
+    )
+    def test_trls_generation_for_models_that_do_not_fit(
+        self, tmp_path, tokenizer, monkeypatch, architecture, config, sizes
+    ):
         monkeypatch.setattr(memory, "PIECE_BYTES", 1)  # each turn by itself
-        config = BloomConfig(
-            vocab_size=400, hidden_size=32, n_layer=2, n_head=4, bos_token_id=None, eos_token_id=2, pad_token_id=0
-        )
+        config = config(vocab_size=400, hidden_size=32, bos_token_id=None, eos_token_id=2, pad_token_id=0, **sizes)
         args = EPOConfig(str(tmp_path), **BASE)
         trainer = EPOTrainer(
-            BloomForCausalLM(config),
+            architecture(config),
             args=args,
             train_dataset=ROWS,
             processing_class=tokenizer,

@@ -279,6 +279,7 @@ class EPOTrainer(ReportingTrainer):
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         moment = self._moment
+        metrics: dict[str, Any] = {}
         value_loss = None
         if self._critic is not None and moment.train:  # first: its activations are gone when the policy's come
             alone = self.entropy_history.step < self.args.critic_warmup_steps
@@ -291,7 +292,7 @@ class EPOTrainer(ReportingTrainer):
                 f"TRL computed token entropies {len(captured)} times in one loss instead of once. This version of TRL "
                 "does not fit trl_epo; `pip install trl-epo` installs one that does."
             )
-        metrics: dict[str, Any] = {}
+        metrics = {}
         loss = policy_loss
         if self.entropy_term.acts:
             added, metrics = self.entropy_term.loss(captured[0], inputs, moment, policy_loss.detach())

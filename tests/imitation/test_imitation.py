@@ -321,6 +321,11 @@ class Endpoint(BaseHTTPRequestHandler):
             self.send_header("Retry-After", "0")
             self.end_headers()
             return
+        if self.server.new_name and "max_tokens" in request:
+            self.send_response(400)
+            self.end_headers()
+            self.wfile.write(b"Unsupported parameter: 'max_tokens'. Use 'max_completion_tokens' instead.")
+            return
         self.server.requests.append((self.path, dict(self.headers), request))
         choice = {"index": 0, "finish_reason": "stop", "message": {"role": "assistant", "content": "right"}}
         answer = {"id": "1", "object": "chat.completion", "created": 0, "model": "m", "choices": [choice]}
@@ -338,7 +343,7 @@ class Endpoint(BaseHTTPRequestHandler):
 @pytest.fixture
 def endpoint():
     server = ThreadingHTTPServer(("127.0.0.1", 0), Endpoint)
-    server.requests, server.num_refusals = [], 0
+    server.requests, server.num_refusals, server.new_name = [], 0, False
     threading.Thread(target=server.serve_forever, daemon=True).start()
     yield server
     server.shutdown()
@@ -352,6 +357,13 @@ class TestTeacher:
         (episode,) = teacher_episodes(make_trainer(tmp_path, tokenizer), [{"length": 3, "seed": 1}], url)
         assert not episode.failures
         assert len(endpoint.requests) == len(episode.turns)
+
+    def test_one_that_wants_the_bound_by_its_new_name(self, tmp_path, tokenizer, endpoint):
+        endpoint.new_name = True
+        url = f"http://127.0.0.1:{endpoint.server_port}/v1"
+        (episode,) = teacher_episodes(make_trainer(tmp_path, tokenizer), [{"length": 3, "seed": 1}], url)
+        assert not episode.failures
+        assert {request["max_completion_tokens"] for _, _, request in endpoint.requests} == {40}
 
     def test_it_is_told_what_the_policy_is_told(self, tmp_path, tokenizer, endpoint, monkeypatch):
         monkeypatch.setenv("HF_TOKEN", "secret")

@@ -7,16 +7,19 @@ from itertools import count
 import pytest
 import torch
 from conftest import make_model, shapes_read
+from huggingface_hub.errors import StrictDataclassClassValidationError
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from peft import LoraConfig, get_peft_model
 from samplers import EOS, PAD, Greedy, in_buckets, reference_turn, refuse_caches, sampler
 from transformers import (
+    CONFIG_MAPPING,
     AutoModelForCausalLM,
     BloomConfig,
     FalconConfig,
     Gemma2Config,
     Gemma3TextConfig,
+    Gemma4TextConfig,
     GPT2Config,
     GPTNeoConfig,
     Lfm2Config,
@@ -26,6 +29,7 @@ from transformers import (
     Phi3Config,
     Qwen2Config,
 )
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from trl_epo.sampling import memory
 from trl_epo.sampling.cached import forward_overhead, masked_attention, unfit_for_cached_sampler
@@ -140,6 +144,9 @@ ARCHITECTURES = {
     "qwen2": lambda **sizes: Qwen2Config(**sizes),
     "eager": lambda **sizes: LlamaConfig(**sizes, attn_implementation="eager"),
     "gpt2": lambda **sizes: GPT2Config(vocab_size=50, n_embd=32, n_layer=2, n_head=4),  # learnt positions
+    "gemma4": lambda **sizes: Gemma4TextConfig(  # head sizes by kind of layer
+        **sizes, head_dim=8, global_head_dim=16, sliding_window=6, vocab_size_per_layer_input=50
+    ),
 }
 
 
@@ -163,10 +170,20 @@ def test_other_architectures(kind, monkeypatch):
     # and what the arithmetic says of the cache
     cached = sampler(model, LogitsProcessorList([Greedy()]))
     sample(cached, {0: [5, 6], 1: [7]}, limit=1)
-    layers = cached._cache.layers
-    assert cached._footprint.cached == sum(
-        layer.keys[0, :, 0].nbytes + layer.values[0, :, 0].nbytes for layer in layers
-    )
+    layers = [layer.keys[0, :, 0].nbytes + layer.values[0, :, 0].nbytes for layer in cached._cache.layers]
+    assert cached._footprint.cached == len(layers) * max(layers)
+
+
+def test_what_every_architecture_takes():
+    names = [name for name in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES if not name.startswith("musicgen")]
+    assert len(names) > 100
+    for name in names:
+        try:
+            config = CONFIG_MAPPING[name]().get_text_config()
+        except StrictDataclassClassValidationError:  # no model by itself
+            continue
+        footprint = memory.Footprint.of(config, torch.bfloat16)
+        assert min(footprint.cached, footprint.attended, footprint.read) > 0, name
 
 
 def test_a_prompt_is_read_once_for_its_group(model):
@@ -343,6 +360,13 @@ def test_requests_that_take_as_much_memory_as_they_are_asked_for(model, monkeypa
         return [[prompt[0] + 10] for prompt in prompts], None
 
     requests = RequestTurnSampler(generate, footprint.requests)
+    requests.add(0, [1, 1], 2)  # near the end of its context, which a call for more would overstep
+    requests.add(1, [2], 6)
+    requests.advance()
+    assert asked == [[[1, 1]], [[2]]]
+    asked.clear()
+    for episode in (0, 1):
+        requests.drop(episode)
     samples = sample(requests, {0: [1], 1: [2] * 4, 2: [3], 3: [4] * 9}, limit=6)
     assert asked == [[[4] * 9], [[1], [2] * 4], [[3]]]
     assert {episode: turn.token_ids for episode, turn in samples.items()} == {0: [11], 1: [12], 2: [13], 3: [14]}

@@ -138,9 +138,13 @@ def _ask(url: str, api_key: str | None, timeout: float | None, messages: Chat, *
                 return json.load(response)["choices"][0]["message"]["content"] or ""
         except HTTPError as error:
             if pause is None or error.code not in BUSY:
-                raise RuntimeError(
-                    f"{url} answers {error.code}: {error.read(1000).decode(errors='replace')}"
-                ) from error
+                answer = error.read(1000).decode(errors="replace")
+                if (
+                    "max_completion_tokens" in answer and "max_tokens" in settings
+                ):  # its new name, where the old one is refused
+                    settings["max_completion_tokens"] = settings.pop("max_tokens")
+                    return _ask(url, api_key, timeout, messages, **settings)
+                raise RuntimeError(f"{url} answers {error.code}: {answer}") from error
             asked_for = error.headers.get("Retry-After", "")
             time.sleep(min(float(asked_for), LONGEST_PAUSE) if asked_for.isdecimal() else pause)
         except URLError as error:

@@ -65,7 +65,8 @@ def _acquire(folder: Path) -> int | None:
             holder = os.read(file, 200).decode(errors="replace") or "another process"
             os.close(file)
             raise FolderInUse(
-                f"`output_dir` is {str(folder)!r}, in which {holder} is training. Give another folder, or wait until it ends."
+                f"`output_dir` is {str(folder)!r}, in which {holder} is training. Give another folder, or wait until it ends. If "
+                f"it ran on another machine that is no more, remove {path}."
             ) from error
         except OSError as error:
             os.close(file)

@@ -123,7 +123,7 @@ class EpisodeCache(Cache):
                 if self.device.type in EXACT_DEVICES
                 else bucket(extent, self.device)
             )
-            wanted = max(extent, min(grown, self.longest_context + 1))
+            wanted = int(max(extent, min(grown, self.longest_context + 1)))
             self.column_capacity = -(-wanted // COLUMN_STEP) * COLUMN_STEP
             self._refit()
         if self.device.type in EXACT_DEVICES:

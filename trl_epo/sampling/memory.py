@@ -12,6 +12,7 @@ from transformers import PreTrainedConfig
 GIB = 2**30
 PIECE_BYTES = 2 * GIB  # at most, of what is in memory for a moment only, while tokens are read
 FEWEST_TOKENS = 64  # in a piece of one row, however long its context is
+UNKNOWN_HIDDEN = 4096  # the hidden size of a model that does not tell its own
 USABLE = 0.9  # of the memory that is free; the rest is lost between tensors
 LOGIT_BYTES = (
     32  # of a row and a token of the vocabulary, while one is drawn: scores, probabilities, their sums, log-probs
@@ -45,15 +46,16 @@ class Footprint:
             dtype (`torch.dtype`): What it computes in.
         """
         size = dtype.itemsize
-        hidden, heads = config.hidden_size, config.num_attention_heads
-        key_heads = getattr(config, "num_key_value_heads", None) or heads
-        head_size = getattr(config, "head_dim", None) or hidden // heads
-        inner = getattr(config, "intermediate_size", None) or 4 * hidden
+        hidden = _largest(config, "hidden_size", UNKNOWN_HIDDEN)
+        heads = _largest(config, "num_attention_heads", 1)  # none where a state takes the place of attention
+        key_heads = _largest(config, "num_key_value_heads", heads)
+        head_size = _largest(config, "head_dim", hidden // heads)
+        inner = _largest(config, "intermediate_size", 4 * hidden)
         token = 2 * key_heads * head_size * size  # keys and values in one layer
         scores = heads * (2 * size + 4) if config._attn_implementation == "eager" else 0
         kinds = len(set(getattr(config, "layer_types", None) or [None]))  # of layers, each with a mask of its own
         return cls(
-            cached=config.num_hidden_layers * token,
+            cached=_largest(config, "num_hidden_layers", 1) * token,
             attended=token + (2 * heads * head_size * size if heads != key_heads else 0),
             read=(3 * inner + 4 * hidden) * size,
             pair=2 + kinds * (1 + size) + scores,  # what a mask is made from, then it, boolean and as numbers
@@ -78,8 +80,8 @@ class Footprint:
 
     def requests(self, prompts: Sequence[int], max_new_tokens: int) -> list[list[int]]:
         """
-        Which requests may be answered together: those of a like length, padded to the longest, each read at once and kept
-        to its end, that take `PIECE_BYTES` at most; or a single one.
+        Which requests may be answered together, the longest first: padded to the longest, each read at once and kept to its
+        end, they take `PIECE_BYTES` at most; or a single one.
 
         Args:
             prompts (`Sequence[int]`): Tokens of each request's prompt.
@@ -99,6 +101,15 @@ class Footprint:
         return groups
 
 
+def _largest(config: PreTrainedConfig, name: str, default: int) -> int:
+    """A model's size of this name, of its layers' the largest; the default if it has none."""
+    try:
+        found = getattr(config, name, None)
+    except RuntimeError:  # transformers' word for layers that differ in it
+        found = [getattr(layer, name, None) for layer in config.per_layer_config]
+    return max(filter(None, found if isinstance(found, list | tuple) else [found]), default=default)
+
+
 def is_out_of_memory(error: RuntimeError) -> bool:
     """Whether there was no room, whoever says so: PyTorch's allocators, CUDA, cuBLAS or Triton."""
     text = str(error)
@@ -113,7 +124,7 @@ def free_memory(device: torch.device) -> float:
     return torch.accelerator.get_memory_info(device)[0] + unused
 
 
-def num_fitting(free: float, cached: float, num_layers: int, vocab_size: int, length: int) -> int:
+def num_fitting(free: float, cached: float, num_layers: int, vocab_size: int, length: float) -> int:
     """
     How many episodes may be in the cache at once; one at least. What is free is rounded down to whole GiB, so that it makes no
     difference if some more or less is from one run to the next.
@@ -123,7 +134,7 @@ def num_fitting(free: float, cached: float, num_layers: int, vocab_size: int, le
         cached (`float`): Bytes of a token's keys and values, of all layers.
         num_layers (`int`): One layer at a time is twice in memory, when the cache grows.
         vocab_size (`int`): Tokens of the vocabulary.
-        length (`int`): Tokens of the longest context.
+        length (`float`): Tokens of the longest context.
     """
     usable = (USABLE * free - PIECE_BYTES) // GIB * GIB
     episode = length * cached * (1 + 1 / num_layers) + vocab_size * LOGIT_BYTES

@@ -54,30 +54,33 @@ class RequestTurnSampler:
 
     def advance(self) -> list[tuple[int, Sample]]:
         asked, self._asked = self._asked, {}
-        episodes = list(asked)
-        if self._together is None:
-            # By limit: a prompt near the end of the context leaves no room for what another may still say
-            groups = [
-                [episode for episode in episodes if asked[episode] == limit] for limit in sorted({*asked.values()})
-            ]
-        else:
-            lengths = [len(self._transcripts[episode]) for episode in episodes]
-            groups = [[episodes[place] for place in group] for group in self._together(lengths, max(asked.values()))]
-        finished = [sample for group in groups for sample in self._ask({episode: asked[episode] for episode in group})]
-        return sorted(finished, key=lambda sample: episodes.index(sample[0]))
+        # By limit: a prompt near the end of the context leaves no room for what another may still say
+        groups = [
+            group
+            for limit in sorted({*asked.values()})
+            for group in self._groups([episode for episode in asked if asked[episode] == limit], limit)
+        ]
+        order = list(asked)
+        finished = [sample for group in groups for sample in self._ask(group, asked[group[0]])]
+        return sorted(finished, key=lambda sample: order.index(sample[0]))
 
-    def _ask(self, asked: dict[int, int]) -> list[tuple[int, Sample]]:
-        """One call of the backend for turns with these limits, by episode."""
-        prompts = [list(self._transcripts[episode]) for episode in asked]
-        # One limit for the batch: a row that may take fewer tokens is cut to its own.
-        token_ids, logprobs = self._generate(prompts, max(asked.values()))
+    def _groups(self, episodes: list[int], limit: int) -> list[list[int]]:
+        if self._together is None:
+            return [episodes]
+        lengths = [len(self._transcripts[episode]) for episode in episodes]
+        return [[episodes[place] for place in group] for group in self._together(lengths, limit)]
+
+    def _ask(self, episodes: list[int], limit: int) -> list[tuple[int, Sample]]:
+        """One call of the backend."""
+        prompts = [list(self._transcripts[episode]) for episode in episodes]
+        token_ids, logprobs = self._generate(prompts, limit)
         if len(token_ids) != len(prompts) or not all(token_ids):
             raise RuntimeError(
                 f"The generation backend answered {len(prompts)} prompts with {len(token_ids)} completions, of which "
                 f"{sum(not ids for ids in token_ids)} are empty; see its own log for the reason."
             )
         finished = []
-        for row, (episode, limit) in enumerate(asked.items()):
+        for row, episode in enumerate(episodes):
             sampled = token_ids[row][:limit]
             self._transcripts[episode] += sampled
             finished.append((episode, Sample(sampled, logprobs[row][:limit] if logprobs is not None else None)))
