@@ -12,10 +12,11 @@ if TYPE_CHECKING:
     from .rollouts import Episode, StopReason, Turn
     from .trainer import EPOTrainer
 
-if "torch" not in sys.modules and "OMP_WAIT_POLICY" not in os.environ:
-    # How often a thread of PyTorch's looks whether the others are done before it gives up its core; libgomp reads this once,
-    # when PyTorch is loaded. Its own number is so large that one busy core slows all threads tenfold (docs/speed.md, Few cores).
-    os.environ.setdefault("GOMP_SPINCOUNT", "3000")
+# How often a thread of PyTorch's looks whether the others are done before it gives up its core; libgomp reads this once,
+# when PyTorch is loaded. Its own number is so large that one busy core slows all threads tenfold (docs/speed.md, Few cores).
+threads_spin = sys.platform == "linux" and os.environ.keys().isdisjoint({"GOMP_SPINCOUNT", "OMP_WAIT_POLICY"})
+if threads_spin and "torch" not in sys.modules:
+    os.environ["GOMP_SPINCOUNT"], threads_spin = "3000", False
 
 __version__ = "0.1.0.dev0"
 

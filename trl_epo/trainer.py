@@ -1,5 +1,6 @@
 """`EPOTrainer`: GRPO with EPO's entropy term (arXiv 2509.22576) and multi-turn rollouts in text environments."""
 
+import logging
 import os
 import weakref
 from collections.abc import Callable
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor
 from trl.trainer.utils import get_config_model_id
 
+from . import threads_spin
 from .batches import action_mask
 from .config import EPOConfig
 from .credit import CreditAssigner, Critic, TrainCritic, make_critic
@@ -40,6 +42,8 @@ from .rollouts import (
 from .runs import sole_run
 from .seams import replaced
 
+
+logger = logging.getLogger(__name__)
 
 HISTORY_FILE = "entropy_history.json"
 # The model in there is not directly below the checkpoint, where transformers takes every folder with an adapter for one
@@ -161,6 +165,11 @@ class EPOTrainer(ReportingTrainer):
                 tools=tools,
                 rollout_func=rollout_func,
                 environment_factory=None if environments is not None else environment_factory,
+            )
+        if threads_spin and self.accelerator.device.type == "cpu" and torch.get_num_threads() > 1:
+            logger.warning(
+                "PyTorch was imported before trl_epo, so that its threads take long to give up their cores: where another program "
+                "is busy too, training is many times slower. Begin the script, or the notebook after a restart, with `import trl_epo`."
             )
         self.entropy_term = EntropyTerm(args, self.accelerator)
         if not args.use_adaptive_entropy:

@@ -289,10 +289,15 @@ class TestOutOfMemory:
         ):
             sample(sampler(model, make_logits_processors()), {0: [5], 1: [6]}, limit=2)
 
-    @pytest.mark.parametrize(("gib", "fitting"), [(0, 1), (3, 1), (17, 36), (17.5, 36), (17.9, 39)])
-    def test_how_many_episodes_fit(self, model, monkeypatch, gib, fitting):
+    @pytest.mark.parametrize(
+        ("gib", "packs", "fitting"),
+        [(0, True, 1), (3, True, 1), (17, True, 36), (17, False, 27), (17.5, True, 36), (17.9, True, 39)],
+    )
+    def test_how_many_episodes_fit(self, model, monkeypatch, gib, packs, fitting):
         # An episode of a million tokens takes 384 MB: keys and values · 2 layers · 2 heads · 8 · 4 bytes, and half as much as
-        # the cache grows. Of 90 % of what is free, less 2 GiB to read in, the whole GiB count.
+        # the cache grows. Of 90 % of what is free, less 2 GiB to read in, the whole GiB count. Where attention repeats one
+        # layer's keys and values for 4 query heads, it is 512 MB.
+        monkeypatch.setattr(memory, "PACKS_QUERIES", packs)
         monkeypatch.setattr("trl_epo.sampling.cached.free_memory", lambda device: gib * 2**30 + 1000)
         state = torch.get_rng_state()
         cached = sampler(model, make_logits_processors(), longest_context=10**6, bytes_to_come=1000)

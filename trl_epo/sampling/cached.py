@@ -207,9 +207,10 @@ class CachedTurnSampler:
         while self.is_busy:
             self.advance()
         free = free_memory(self.device) - self._bytes_to_come
-        cached = self._cache.bytes_per_token
+        layer = self._cache.bytes_per_token / self._num_layers  # twice in memory, one at a time, when the cache grows
+        token = self._cache.bytes_per_token + max(layer, self._footprint.repeated)
         self.drop(-1)
-        return num_fitting(free, cached, self._num_layers, self._vocab_size, self._longest_context)
+        return num_fitting(free, token, self._vocab_size, self._longest_context)
 
     def hold_at_most(self, num_episodes: float) -> None:
         """Have no more episodes in the cache at once."""
@@ -377,7 +378,7 @@ class CachedTurnSampler:
         context = max(len(row.tokens) for row in rows) - leave
         num_rows, num_tokens = self._footprint.piece(len(rows), context)
         width = max(row.num_unread for row in rows) - leave
-        if width == 1:  # nothing is repeated, and next to nothing taken out of the cache
+        if width == 1:  # as in decoding, next to nothing is taken out of the cache
             return self._forward(rows, leave)
         logits = []
         for first in range(0, len(rows), num_rows):

@@ -152,7 +152,7 @@ class DecodeStep:
         self._capacity = 0  # rows of the buffers
         self._mask_buffers: dict[str, Tensor] = {}
         self._graphs: dict[tuple[int, int, bool], tuple[torch.cuda.CUDAGraph, Tensor]] = {}
-        self._addresses: tuple[int, ...] = ()  # of what these read and write
+        self._addresses: tuple[int, ...] = ()  # of what these read and write, and its sizes
         self._numbers_left = 0
         self._num_rows = 0  # of the cache, when it was made ready
 
@@ -255,7 +255,9 @@ class DecodeStep:
     def _logits(self) -> Tensor:
         if not CAPTURES_GRAPHS or self.device.type != "cuda":
             return self._forward()
-        addresses = (self.ids.data_ptr(), *self.cache.addresses, *(m.data_ptr() for m in self._mask_buffers.values()))
+        buffers = (self.ids, self.columns, self.places, *self._mask_buffers.values())
+        addresses = (*(buffer.data_ptr() for buffer in buffers), *self.cache.addresses)
+        addresses += (self._capacity, self.cache.column_capacity)  # and with them the strides
         if addresses != self._addresses:
             self._graphs.clear()
             self._addresses = addresses

@@ -7,11 +7,13 @@ from dataclasses import dataclass
 import torch
 from accelerate.utils.memory import should_reduce_batch_size
 from transformers import PreTrainedConfig
+from transformers.integrations import sdpa_attention
 
 
 GIB = 2**30
 PIECE_BYTES = 2 * GIB  # at most, of what is in memory for a moment only, while tokens are read
 FEWEST_TOKENS = 64  # in a piece of one row, however long its context is
+PACKS_QUERIES = hasattr(sdpa_attention, "pack_gqa")  # a decode step repeats no keys and values (transformers ≥ 5.23)
 UNKNOWN_HIDDEN = 4096  # the hidden size of a model that does not tell its own
 USABLE = 0.9  # of the memory that is free; the rest is lost between tensors
 LOGIT_BYTES = (
@@ -31,12 +33,15 @@ class Footprint:
         read (`int`): A token that is being read: its hidden states.
         pair (`int`): A token that is being read with one that it may attend to: masks, and scores where attention keeps
             them ("eager").
+        repeated (`int`): A token that others attend to as they are sampled: its keys and values for each query head, where
+            attention takes them so.
     """
 
     cached: int
     attended: int
     read: int
     pair: int
+    repeated: int = 0
 
     @classmethod
     def of(cls, config: PreTrainedConfig, dtype: torch.dtype) -> "Footprint":
@@ -52,13 +57,16 @@ class Footprint:
         head_size = _largest(config, "head_dim", hidden // heads)
         inner = _largest(config, "intermediate_size", 4 * hidden)
         token = 2 * key_heads * head_size * size  # keys and values in one layer
-        scores = heads * (2 * size + 4) if config._attn_implementation == "eager" else 0
+        repeated = 2 * heads * head_size * size if heads != key_heads else 0
+        eager = config._attn_implementation == "eager"
+        scores = heads * (2 * size + 4) if eager else 0
         kinds = len(set(getattr(config, "layer_types", None) or [None]))  # of layers, each with a mask of its own
         return cls(
             cached=_largest(config, "num_hidden_layers", 1) * token,
-            attended=token + (2 * heads * head_size * size if heads != key_heads else 0),
+            attended=token + repeated,
             read=(3 * inner + 4 * hidden) * size,
             pair=2 + kinds * (1 + size) + scores,  # what a mask is made from, then it, boolean and as numbers
+            repeated=repeated if eager or not PACKS_QUERIES else 0,
         )
 
     def piece(self, num_rows: int, context: int) -> tuple[int, int]:
@@ -124,18 +132,17 @@ def free_memory(device: torch.device) -> float:
     return torch.accelerator.get_memory_info(device)[0] + unused
 
 
-def num_fitting(free: float, cached: float, num_layers: int, vocab_size: int, length: float) -> int:
+def num_fitting(free: float, token: float, vocab_size: int, length: float) -> int:
     """
     How many episodes may be in the cache at once; one at least. What is free is rounded down to whole GiB, so that it makes no
     difference if some more or less is from one run to the next.
 
     Args:
         free (`float`): Memory, in bytes.
-        cached (`float`): Bytes of a token's keys and values, of all layers.
-        num_layers (`int`): One layer at a time is twice in memory, when the cache grows.
+        token (`float`): Bytes of a token's keys and values, those included that are in memory for a moment only.
         vocab_size (`int`): Tokens of the vocabulary.
         length (`float`): Tokens of the longest context.
     """
     usable = (USABLE * free - PIECE_BYTES) // GIB * GIB
-    episode = length * cached * (1 + 1 / num_layers) + vocab_size * LOGIT_BYTES
+    episode = length * token + vocab_size * LOGIT_BYTES
     return max(1, int(usable / episode))
