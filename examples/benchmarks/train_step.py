@@ -16,7 +16,7 @@ import statistics
 from dataclasses import asdict, dataclass, field
 
 import torch
-from common import BenchmarkArguments, Cost, load, measured, save_json, show
+from common import ON_GPU, BenchmarkArguments, Cost, load, measured, save_json, show
 from datasets import Dataset
 from tqdm import tqdm
 from transformers import PrinterCallback, TrainerCallback, set_seed
@@ -89,7 +89,7 @@ def run(trainer_class, config_class, model, tokenizer, script: StepArguments, ra
             learning_rate=1e-6,
             bf16=False,
             gradient_checkpointing=script.gradient_checkpointing,
-            use_cpu=True,
+            use_cpu=not ON_GPU,
             report_to="none",
             save_strategy="no",
             disable_tqdm=True,
@@ -151,6 +151,7 @@ def main() -> None:
             "epo_term_share": (cpu["ours"] - cpu["without"]) / cpu["ours"],
         }
         for name, steps in costs.items():
+            row[f"{name}_wall_s"] = statistics.median(cost.wall_s for cost in steps)
             row[f"{name}_spread_s"] = max(cost.cpu_s for cost in steps) - min(cost.cpu_s for cost in steps)
             row[f"{name}_peak_mb"] = max((cost.peak_mb or 0.0) for cost in steps) or None
         rows.append(row)
