@@ -2,6 +2,8 @@
 
 import re
 from copy import copy
+from decimal import Decimal
+from functools import partial
 
 import pytest
 from conftest import PATIENT_RUN, Corridor, make_model
@@ -130,12 +132,12 @@ class TestYou:
         assert lines[-1] == "No success after 0 turns (the end of the input); return 0."
 
 
-def card(tmp_path, tokenizer, factory):
+def card(tmp_path, tokenizer, factory, **columns):
     folder = tmp_path / "run"
     trainer = EPOTrainer(
         make_model(),
         args=EPOConfig(str(folder), **SETTINGS, max_steps=1),
-        train_dataset=Dataset.from_dict({"length": [3], "seed": [2]}),
+        train_dataset=Dataset.from_dict({"seed": [2], **columns}),
         processing_class=tokenizer,
         environment_factory=factory,
     )
@@ -149,19 +151,27 @@ def card(tmp_path, tokenizer, factory):
 class TestModelCard:
     def test_its_example_plays_an_episode(self, tmp_path, tokenizer, capsys, monkeypatch):
         monkeypatch.chdir(tmp_path)  # where the example leaves its folder
-        example = card(tmp_path, tokenizer, Corridor).removeprefix("python\n")
+        example = card(tmp_path, tokenizer, Corridor, length=[3]).removeprefix("python\n")
         assert len(example.splitlines()) <= 8
         exec(example, {})
         out = capsys.readouterr().out
         assert "The door is at 3." in out
         assert re.search(r"uccess after \d turns? \(", out)
 
-    def test_an_environment_that_cannot_be_imported(self, tmp_path, tokenizer):
-        example = card(tmp_path, tokenizer, lambda: Corridor())
+    def test_its_example_has_the_environments_arguments(self, tmp_path, tokenizer, capsys, monkeypatch):
+        monkeypatch.chdir(tmp_path)
+        example = card(tmp_path, tokenizer, partial(partial(Household, 2), repeat_task=True)).removeprefix("python\n")
+        assert "partial(Household, 2, repeat_task=True)" in example
+        exec(example, {})
+        assert re.search(r"uccess after \d+ turns? \(", capsys.readouterr().out)
+
+    @pytest.mark.parametrize("factory", [lambda: Corridor(), partial(Corridor, length=Decimal(3))])
+    def test_an_environment_that_cannot_be_imported(self, tmp_path, tokenizer, factory):
+        example = card(tmp_path, tokenizer, factory, length=[3])
         assert "make_environment = ...  # the `environment_factory` of training" in example
         compile(example.removeprefix("python\n"), "example", "exec")
 
     def test_the_command_where_its_settings_are(self, tmp_path, tokenizer):
         (tmp_path / "run").mkdir()
         (tmp_path / "run" / "trl_epo.json").write_text('{"environment": "household"}')
-        assert card(tmp_path, tokenizer, Corridor) == f"bash\ntrl-epo play {tmp_path / 'run'}\n"
+        assert card(tmp_path, tokenizer, Corridor, length=[3]) == f"bash\ntrl-epo play {tmp_path / 'run'}\n"

@@ -1,5 +1,6 @@
 """What TRL's model card does not say of a run: the environment, how the agent did, an episode, how to play it, EPO's settings."""
 
+import ast
 import json
 import re
 import textwrap
@@ -202,13 +203,9 @@ def play_example(facts: RunFacts) -> str:
         said = foreign_code(settings) if facts.repository else {}
         command = " ".join([f"trl-epo play {place}", *(f"--{name} {path}" for name, path in said.items())])
         return f"```bash\n{command}\n```"
-    factory = facts.factories[None] if list(facts.factories) == [None] else None
-    module, name = getattr(factory, "__module__", None), getattr(factory, "__qualname__", "")
-    if module not in (None, "__main__") and name.isidentifier():
-        imported, defined = [f"from {module} import {name}"], []
-    else:
-        name = "make_environment"
-        imported, defined = [], [f"{name} = ...  # the `environment_factory` of training"]
+    made = _as_code(facts.factories[None]) if list(facts.factories) == [None] else None
+    imported, expression = made or ([], "make_environment")
+    defined = [] if made else ["make_environment = ...  # the `environment_factory` of training"]
     row = {
         column: value
         for column, value in facts.row.items()
@@ -224,10 +221,37 @@ def play_example(facts: RunFacts) -> str:
             "",
             *defined,
             f'args = EPOConfig("play"{shown})',
-            f"play({place!r}, {name}, row={row!r}, args=args)",
+            f"play({place!r}, {expression}, row={row!r}, args=args)",
             "```",
         ]
     )
+
+
+def _as_code(factory: Callable) -> tuple[list[str], str] | None:
+    """Imports and an expression that make what makes environments again; `None` if others cannot import it."""
+    made, args, kwargs = _unwrapped(factory)
+    module, name = getattr(made, "__module__", None), getattr(made, "__qualname__", "")
+    if module in (None, "__main__") or not name.isidentifier():
+        return None
+    try:
+        ast.literal_eval(repr([args, kwargs]))
+    except (SyntaxError, ValueError):  # an object that its text does not make again
+        return None
+    imported = [f"from {module} import {name}"]
+    if not args and not kwargs:
+        return imported, name
+    given = ", ".join([name, *map(repr, args), *(f"{key}={value!r}" for key, value in kwargs.items())])
+    return ["from functools import partial", *imported], f"partial({given})"
+
+
+def _unwrapped(factory: Callable) -> tuple[Callable, list[Any], dict[str, Any]]:
+    """What makes an environment, and the arguments that it is called with, as far as they can be told."""
+    args: list[Any] = []
+    kwargs: dict[str, Any] = {}
+    while isinstance(factory, partial):
+        args, kwargs = [*factory.args, *args], factory.keywords | kwargs
+        factory = factory.func
+    return factory, args, kwargs
 
 
 def _loading(facts: RunFacts) -> str:
@@ -294,12 +318,9 @@ def _environment(facts: RunFacts) -> str:
 
 
 def _described(factory: Callable) -> tuple[str, dict[str, Any]]:
-    """The name of what makes an environment, and the arguments that it is called with, as far as both can be told."""
-    kwargs: dict[str, Any] = {}
-    while isinstance(factory, partial):
-        kwargs = factory.keywords | kwargs
-        factory = factory.func
-    module, name = getattr(factory, "__module__", None), getattr(factory, "__qualname__", type(factory).__qualname__)
+    """The name of what makes an environment, and the arguments that it is called with by name."""
+    made, _, kwargs = _unwrapped(factory)
+    module, name = getattr(made, "__module__", None), getattr(made, "__qualname__", type(made).__qualname__)
     return f"{module}.{name}" if module not in (None, "__main__") else name, kwargs
 
 
