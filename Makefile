@@ -8,6 +8,8 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 TORCH := torch==2.13.0
+# On a machine without a GPU `make demo TORCH_INDEX=https://download.pytorch.org/whl/cpu` spares gigabytes.
+TORCH_INDEX ?=
 
 .PHONY: demo test check docs notebook clean
 
@@ -33,7 +35,7 @@ notebook: $(VENV)/installed
 
 $(VENV)/installed: setup.py
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet "$(TORCH)"
+	$(BIN)/pip install --quiet "$(TORCH)" $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX))
 	$(BIN)/pip install --quiet --editable ".[dev]"
 	touch $@
 

@@ -3,9 +3,11 @@ import dataclasses
 import pickle
 
 import pytest
+import torch
 from trl import GRPOConfig, TrlParser
 
 from trl_epo import EPOConfig
+from trl_epo.config import only_emulates_bf16
 
 
 def config(tmp_path, **kwargs):
@@ -163,3 +165,19 @@ def test_a_cap_that_climbs_with_what_it_caps_is_pointed_out(tmp_path, caplog):
     assert "above 1" not in caplog.text
     config(tmp_path, **corridor)
     assert "`entropy_corridor_high=1.01` is above 1" in caplog.text
+
+
+def test_a_gpu_that_only_emulates_bfloat16(tmp_path, monkeypatch, caplog):
+    """The answers are those of a T4, which cannot exist here."""
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: including_emulation)
+    monkeypatch.setattr("transformers.training_args.is_torch_bf16_gpu_available", lambda: True)
+    with monkeypatch.context() as context:
+        context.setattr(torch.cuda, "is_available", lambda: True)
+        assert only_emulates_bf16()
+    assert not only_emulates_bf16()
+    config(tmp_path, bf16=True)
+    assert "fp16=True" not in caplog.text
+    monkeypatch.setattr("trl_epo.config.only_emulates_bf16", lambda: True)
+    config(tmp_path, bf16=True)
+    assert "fp16=True" in caplog.text

@@ -272,15 +272,23 @@ def test_what_is_no_gymnasium_env(agent):
     check_env(wrapped())
 
 
-def test_a_script_for_grpo(tmp_path, model_folder):
+def test_a_script_for_grpo(tmp_path, model_folder, agent):
     swaps = {
         "HuggingFaceTB/SmolLM2-135M-Instruct": model_folder,
         "runs/short": str(tmp_path),
         "max_steps=20": FEW_STEPS,
     }
     swaps |= {"max_completion_length=32": "max_completion_length=8, save_strategy='no'"}
-    names = run(block_with("from_grpo_trainer.md", "EPOTrainer("), swaps)
+    names = run(block_with("from_grpo_trainer.md", "prompts = ["), swaps)
     assert names["trainer"].state.global_step == 2
+    del swaps["runs/short"], swaps["max_completion_length=32"]
+    swaps |= {"runs/guess-from-grpo": str(tmp_path / "episodes"), "max_steps=20": f"{FEW_STEPS}, save_strategy='no'"}
+    known = {name: names[name] for name in ("EPOConfig", "EPOTrainer", "LoraConfig", "short")}
+    names = run(
+        block_with("from_grpo_trainer.md", "environment_factory=Guess"), swaps, Guess=agent[1]["Guess"], **known
+    )
+    logged = [entry for entry in names["trainer"].state.log_history if "episode/turns" in entry]
+    assert len(logged) == 2 and all("rewards/short/mean" in entry for entry in logged)
 
 
 def test_a_prompt_of_ones_own(tmp_path, agent, model_folder):

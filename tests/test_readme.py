@@ -52,7 +52,7 @@ def test_the_ten_lines_learn(tmp_path, tokenizer, capsys):
     script = block_with("warm_up(")
     for ours, small in {
         "HuggingFaceTB/SmolLM2-135M-Instruct": str(tmp_path),
-        "EPOConfig(": f"EPOConfig({str(tmp_path)!r}, report_to='none', save_strategy='no', use_cpu=True, bf16=False, environment_patience=9e9, ",
+        'output_dir="runs/agent",': f"output_dir={str(tmp_path)!r}, report_to='none', save_strategy='no', use_cpu=True, bf16=False, environment_patience=9e9,",
         "max_turns=12": "max_turns=5",
         "per_device_train_batch_size=4,\n        gradient": "per_device_train_batch_size=32, per_device_eval_batch_size=50,\n        gradient",
         "gradient_accumulation_steps=8": "gradient_accumulation_steps=1",

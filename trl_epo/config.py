@@ -455,6 +455,10 @@ class EPOConfig(GRPOConfig):
             # A collective operation in every forward, of which processes with different episodes make different numbers.
             self.ddp_broadcast_buffers = False
         super().__post_init__()
+        if self.bf16 and not self.use_cpu and only_emulates_bf16():
+            logger.warning_once(
+                "`bf16` is on, TRL's default, but this GPU has no such arithmetic and emulates it, slowly. Set `fp16=True`."
+            )
         if getattr(self, "enable_jit_checkpoint", False):
             logger.warning_once(
                 "`enable_jit_checkpoint` is not needed: on SIGTERM EPOTrainer always writes a checkpoint."
@@ -643,6 +647,11 @@ class EPOConfig(GRPOConfig):
                 f"`advantage_estimator={self.advantage_estimator!r}` needs the sum of an episode's rewards, but "
                 f"`multi_objective_aggregation` is {self.multi_objective_aggregation!r}: set it to 'sum_then_normalize'."
             )
+
+
+def only_emulates_bf16() -> bool:
+    """Whether there is a CUDA GPU from before 2020, such as a T4 or V100."""
+    return torch.cuda.is_available() and not torch.cuda.is_bf16_supported(including_emulation=False)
 
 
 def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
