@@ -415,6 +415,37 @@ def test_says_what_textworld_says(generated):
 
 
 @needs_alfworld
+def test_says_what_textworld_says_in_words_of_ones_own(tmp_path):
+    """Several actions with one command, and sentences on what is no longer true."""
+    contents = make_game("pick_heat_then_place_in_recep", seed=0)
+    grammar = contents["grammar"]
+    for command in ("look", "help", "inventory"):
+        assert grammar.count(f'template :: "{command}"') == 1
+        grammar = grammar.replace(f'template :: "{command}"', 'template :: "wait"')
+    rules = {
+        "how": [
+            {"condition": "not_opened(r:receptacle)", "rhs": " It is shut."},
+            {"condition": "opened(r:receptacle)", "rhs": " It is ajar."},
+        ]
+    }
+    first = '"OpenObject.feedback": ['
+    assert grammar.count(first) == 1
+    grammar = grammar.replace(first, json.dumps(rules)[1:-1] + ", " + first)
+    for said in ("You open the {r.name}.", "You close the {r.name}."):
+        assert grammar.count(said) == 1
+        grammar = grammar.replace(said, said + "#how#")
+    game = tmp_path / "game.tw-pddl"
+    game.write_text(json.dumps({**contents, "grammar": grammar}))
+    assert_plays_as_stock([str(game)])
+    with closing(LocalAlfWorld(game)) as env:
+        env.reset()
+        places = [command for command in contents["walkthrough"] if command.startswith("open")]
+        steps = play(env, [*contents["walkthrough"][:2], places[0].replace("open", "close"), places[0]])
+    said = [re.search("ajar|shut", step[0]).group() for step in steps[1:]]
+    assert said == ["ajar", "shut", "ajar"]
+
+
+@needs_alfworld
 @needs_real_games
 def test_says_what_textworld_says_in_real_games():
     """Takes TextWorld some minutes."""
