@@ -148,6 +148,12 @@ def card(tmp_path, tokenizer, factory, **columns):
     return text.split("## Quick start\n\n```")[1].split("```")[0]
 
 
+class Talkative(Corridor):
+    def __init__(self, text):
+        super().__init__()
+        self.text = text
+
+
 class TestModelCard:
     def test_its_example_plays_an_episode(self, tmp_path, tokenizer, capsys, monkeypatch):
         monkeypatch.chdir(tmp_path)  # where the example leaves its folder
@@ -165,7 +171,9 @@ class TestModelCard:
         exec(example, {})
         assert re.search(r"uccess after \d+ turns? \(", capsys.readouterr().out)
 
-    @pytest.mark.parametrize("factory", [lambda: Corridor(), partial(Corridor, length=Decimal(3))])
+    @pytest.mark.parametrize(
+        "factory", [lambda: Corridor(), partial(Corridor, length=Decimal(3)), partial(Talkative, text="x" * 10_000)]
+    )
     def test_an_environment_that_cannot_be_imported(self, tmp_path, tokenizer, factory):
         example = card(tmp_path, tokenizer, factory, length=[3])
         assert "make_environment = ...  # the `environment_factory` of training" in example

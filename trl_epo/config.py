@@ -457,7 +457,7 @@ class EPOConfig(GRPOConfig):
         super().__post_init__()
         if self.bf16 and not self.use_cpu and only_emulates_bf16():
             logger.warning_once(
-                "`bf16` is on, TRL's default, but this GPU has no such arithmetic and emulates it, slowly. Set `fp16=True`."
+                "`bf16` is on, TRL's default, but this GPU has no such arithmetic and emulates it, slowly. Set `bf16=False, fp16=True`."
             )
         if getattr(self, "enable_jit_checkpoint", False):
             logger.warning_once(
@@ -650,7 +650,7 @@ class EPOConfig(GRPOConfig):
 
 
 def only_emulates_bf16() -> bool:
-    """Whether there is a CUDA GPU from before 2020, such as a T4 or V100."""
+    """Whether there is a CUDA GPU from before 2020, such as a T4."""
     return torch.cuda.is_available() and not torch.cuda.is_bf16_supported(including_emulation=False)
 
 

@@ -202,7 +202,9 @@ def main() -> None:
         bare = floor(model, num_prompt, num_new, len(forced_ids), turns, script.episodes)
         num_sampled = turns * len(forced_ids)  # of an episode
         cached = Footprint.of(model.config, model.dtype).cached * (num_prompt + num_tokens / 2)  # on average
-        read = num_sampled * (sum(weight.nbytes for weight in model.parameters()) + script.episodes * cached)
+        looked_up = 0 if model.config.tie_word_embeddings else model.get_input_embeddings().weight.nbytes
+        weight_bytes = sum(weight.nbytes for weight in model.parameters()) - looked_up
+        read = num_sampled * (weight_bytes + script.episodes * cached)
         theirs, trl_tokens = Cost(), None
         if turns <= script.skip_trl_above:
             theirs, batch = trl_loop(model, tokenizer, script, turns, shorter, forced_ids, max_tokens)

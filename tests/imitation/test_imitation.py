@@ -322,12 +322,15 @@ class Endpoint(BaseHTTPRequestHandler):
             self.end_headers()
             return
         if self.server.new_name and "max_tokens" in request:
+            self.server.num_renamed += 1
             self.send_response(400)
             self.end_headers()
             self.wfile.write(b"Unsupported parameter: 'max_tokens'. Use 'max_completion_tokens' instead.")
             return
         self.server.requests.append((self.path, dict(self.headers), request))
         choice = {"index": 0, "finish_reason": "stop", "message": {"role": "assistant", "content": "right"}}
+        if self.server.says_nothing:
+            choice |= {"finish_reason": "length", "message": {"role": "assistant", "content": None}}
         answer = {"id": "1", "object": "chat.completion", "created": 0, "model": "m", "choices": [choice]}
         body = json.dumps(answer | {"usage": None, "system_fingerprint": None}).encode()
         self.send_response(200)
@@ -344,6 +347,7 @@ class Endpoint(BaseHTTPRequestHandler):
 def endpoint():
     server = ThreadingHTTPServer(("127.0.0.1", 0), Endpoint)
     server.requests, server.num_refusals, server.new_name = [], 0, False
+    server.num_renamed, server.says_nothing = 0, False
     threading.Thread(target=server.serve_forever, daemon=True).start()
     yield server
     server.shutdown()
@@ -363,7 +367,14 @@ class TestTeacher:
         url = f"http://127.0.0.1:{endpoint.server_port}/v1"
         (episode,) = teacher_episodes(make_trainer(tmp_path, tokenizer), [{"length": 3, "seed": 1}], url)
         assert not episode.failures
-        assert {request["max_completion_tokens"] for _, _, request in endpoint.requests} == {40}
+        assert {request["max_completion_tokens"] for _, _, request in endpoint.requests} == {4096 + 40}
+        assert endpoint.num_renamed == 1  # it is asked once
+
+    def test_one_that_thinks_and_says_nothing(self, tmp_path, tokenizer, endpoint):
+        endpoint.says_nothing = True
+        url = f"http://127.0.0.1:{endpoint.server_port}/v1"
+        with pytest.raises(ValueError, match="said nothing: use a teacher that does not think"):
+            teacher_episodes(make_trainer(tmp_path, tokenizer), [{"length": 3, "seed": 1}], url)
 
     def test_it_is_told_what_the_policy_is_told(self, tmp_path, tokenizer, endpoint, monkeypatch):
         monkeypatch.setenv("HF_TOKEN", "secret")

@@ -172,7 +172,8 @@ class Critic:
     Values states, and learns to, with an optimizer of its own beside the policy's: of the same kind and with the same
     schedule, but with `critic_learning_rate` and without weight decay.
 
-    Its part of an optimizer step: [`forget_gradients`], [`values`] and [`backward`] for each micro-batch, [`step`].
+    Its part of an optimizer step: [`forget_gradients`], [`values`] and [`backward`] for each micro-batch, [`step`]. The rate of
+    its `schedule` is moved on by [`TrainCritic`], after the policy's optimizer step.
 
     Args:
         model ([`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]): Of [`make_critic`].
@@ -349,5 +350,6 @@ class TrainCritic(TrainerCallback):
                     weight.grad = None
 
     def on_optimizer_step(self, args, state, control, **kwargs):
-        if not self.critic.accelerator.optimizer_step_was_skipped:  # as Trainer does with the policy's
+        # As Trainer does with the policy's. A fused optimizer does not tell that fp16 has overflowed.
+        if not self.critic.accelerator.optimizer_step_was_skipped:
             self.critic.schedule.step()

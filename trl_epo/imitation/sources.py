@@ -34,6 +34,7 @@ TEACHER_REQUESTS = 8  # at once
 BUSY = (429, 502, 503, 529)  # status codes of an endpoint that has too much to do just now
 PAUSES = (1.0, 2.0, 4.0, 8.0, 16.0, 32.0)  # seconds, before it is asked again, if it does not say how long …
 LONGEST_PAUSE = 60.0  # … and at most, if it does
+THINKING_TOKENS = 4096  # what a teacher that thinks may take for it, beside its answer
 
 Chat = list[dict[str, str]]
 
@@ -115,8 +116,7 @@ def teacher_episodes(
     player = player_of(trainer)
     starts = starts_of(player, rows)
     timeout = player.environments.timeout
-    ask = partial(
-        _ask,
+    ask = _Endpoint(
         f"{url.rstrip('/')}/chat/completions",
         api_key or os.environ.get("OPENAI_API_KEY"),
         None if math.isinf(timeout) else timeout,
@@ -128,28 +128,46 @@ def teacher_episodes(
     return demonstrate(trainer, starts, experts, at_once=TEACHER_REQUESTS)
 
 
-def _ask(url: str, api_key: str | None, timeout: float | None, messages: Chat, **settings) -> str:
-    body = {"messages": messages, **{name: value for name, value in settings.items() if value is not None}}
-    headers = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {api_key}"} if api_key else {})
-    request = Request(url, json.dumps(body).encode(), headers)
-    for pause in (*PAUSES, None):
-        try:
-            with urlopen(request, timeout=timeout) as response:
-                return json.load(response)["choices"][0]["message"]["content"] or ""
-        except HTTPError as error:
-            if pause is None or error.code not in BUSY:
+class _Endpoint:
+    """Asks for the next message of a chat; `settings` are those of each request."""
+
+    def __init__(self, url: str, api_key: str | None, timeout: float | None, **settings):
+        self.url, self.timeout = url, timeout
+        self.headers = {"Content-Type": "application/json"}
+        if api_key:
+            self.headers["Authorization"] = f"Bearer {api_key}"
+        self.settings = {name: value for name, value in settings.items() if value is not None}
+
+    def __call__(self, messages: Chat) -> str:
+        for pause in (*PAUSES, None):
+            settings = self.settings
+            body = json.dumps({"messages": messages, **settings}).encode()
+            try:
+                with urlopen(Request(self.url, body, self.headers), timeout=self.timeout) as response:
+                    return self._text(json.load(response)["choices"][0])
+            except HTTPError as error:
                 answer = error.read(1000).decode(errors="replace")
-                if (
-                    "max_completion_tokens" in answer and "max_tokens" in settings
-                ):  # its new name, where the old one is refused
-                    settings["max_completion_tokens"] = settings.pop("max_tokens")
-                    return _ask(url, api_key, timeout, messages, **settings)
-                raise RuntimeError(f"{url} answers {error.code}: {answer}") from error
-            asked_for = error.headers.get("Retry-After", "")
-            time.sleep(min(float(asked_for), LONGEST_PAUSE) if asked_for.isdecimal() else pause)
-        except URLError as error:
-            raise RuntimeError(f"{url} cannot be reached: {error.reason}") from error
-    raise AssertionError("the last try returns or raises")
+                if "max_completion_tokens" in answer and "max_tokens" in settings:
+                    # The bound's new name, of models that think: what they think counts, too
+                    others = {name: value for name, value in settings.items() if name != "max_tokens"}
+                    self.settings = {**others, "max_completion_tokens": THINKING_TOKENS + settings["max_tokens"]}
+                    continue
+                if pause is None or error.code not in BUSY:
+                    raise RuntimeError(f"{self.url} answers {error.code}: {answer}") from error
+                asked_for = error.headers.get("Retry-After", "")
+                time.sleep(min(float(asked_for), LONGEST_PAUSE) if asked_for.isdecimal() else pause)
+            except URLError as error:
+                raise RuntimeError(f"{self.url} cannot be reached: {error.reason}") from error
+        raise RuntimeError(f"{self.url} did not answer in {len(PAUSES) + 1} requests.")
+
+    def _text(self, choice: dict[str, Any]) -> str:
+        text = choice["message"]["content"] or ""
+        if not text and choice.get("finish_reason") == "length":
+            raise RuntimeError(
+                f"{self.url} has used up the tokens that an answer may have, and said nothing: use a teacher that does not "
+                "think, or thinks less."
+            )
+        return text
 
 
 def _teacher(ask: Callable[[Chat], str], player: EpisodePlayer, prompt: Chat, env: gymnasium.Env) -> Say:

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
+from keyword import iskeyword
 from pathlib import Path
 from typing import Any
 
@@ -234,8 +235,12 @@ def _as_code(factory: Callable) -> tuple[list[str], str] | None:
     if module in (None, "__main__") or not name.isidentifier():
         return None
     try:
-        ast.literal_eval(repr([args, kwargs]))
-    except (SyntaxError, ValueError):  # an object that its text does not make again
+        text = repr([args, kwargs])
+        if len(text) > MAX_EXAMPLE_TEXT or ast.literal_eval(text) != [args, kwargs]:
+            return None
+    except Exception:  # an object that its text does not make again, or that cannot even be shown
+        return None
+    if any(not key.isidentifier() or iskeyword(key) for key in kwargs):
         return None
     imported = [f"from {module} import {name}"]
     if not args and not kwargs:
