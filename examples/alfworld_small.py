@@ -1,10 +1,11 @@
 """
-A small new policy learns ALFWorld: GRPO or PPO with EPO's term, on games of all six kinds that are drawn here.
+A small new policy learns ALFWorld: EPO's term with group-relative advantages of turns, or with PPO's critic, on games of all six
+kinds that are drawn here.
 
     pip install -e ".[alfworld,plot]"
-    python examples/alfworld_small.py --output_dir runs/alfworld-small/grpo-0 --warm_start runs/alfworld-small/warm-0 --seed 0
+    python examples/alfworld_small.py --output_dir runs/alfworld-small/turn-0 --warm_start runs/alfworld-small/warm-0 --seed 0
     python examples/alfworld_small.py --output_dir runs/alfworld-small/ppo-0 --warm_start runs/alfworld-small/warm-0 --seed 0 \\
-        --advantage_estimator gae --critic_learning_rate 1e-3 --critic_warmup_steps 5 --gae_lambda 0.95
+        --advantage_estimator gae --gamma 1 --critic_learning_rate 1e-3 --critic_warmup_steps 5 --gae_lambda 0.95
 
 A new Llama with a tokenizer trained on the game's text imitates an expert that looks for things and errs in three of ten turns (the
 warm-up), on drawn games and, with --data, on ALFWorld's own train games, until it wins a quarter of 100 other drawn games. Then it is trained on
@@ -53,6 +54,12 @@ SETTINGS = {
     "max_turns": 30,
     "max_turn_length": 16,
     "learning_rate": 3e-4,
+    # A turn is worth what follows it, so that a turn wasted counts; an invalid one costs a fiftieth of a success, also
+    # where none of a group succeeds: scaled by the batch, or there this would be all that is learned
+    "advantage_estimator": "turn",
+    "gamma": 0.95,
+    "scale_rewards": "batch",
+    "invalid_action_penalty": 0.02,
     "environment_patience": 30.0,  # a game takes seconds to load
     "logging_steps": 1,
     "save_strategy": "steps",
