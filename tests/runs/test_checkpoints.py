@@ -113,12 +113,37 @@ def test_checkpoints_of_another_trainer(tmp_path, caplog):
     make_trainer(tmp_path, max_steps=3).train(resume_from_checkpoint=True)
 
 
+def test_the_newest_is_of_the_training_that_began_last(tmp_path, caplog):
+    for step, begun in ((7, 1.0), (3, 2.0), (2, 2.0), (8, None)):
+        folder = tmp_path / f"checkpoint-{step}"
+        begin_checkpoint(folder)
+        if begun is not None:
+            finish_checkpoint(folder, step, 1, begun)
+    assert last_whole_checkpoint(tmp_path) == str(tmp_path / "checkpoint-3")
+    assert "checkpoint-8 is passed over: it was cut" in caplog.text  # whosever it was
+    assert "checkpoint-7" not in caplog.text
+    shutil.rmtree(tmp_path / "checkpoint-3")
+    shutil.rmtree(tmp_path / "checkpoint-2")
+    assert last_whole_checkpoint(tmp_path) == str(tmp_path / "checkpoint-7")
+
+
+def test_a_training_that_began_anew_is_resumed_and_not_the_one_before(tmp_path):
+    settings = {**SAVING, "lr_scheduler_type": "constant"}
+    make_trainer(tmp_path, **{**settings, "max_steps": 4}).train()
+    second, resumed = (make_trainer(tmp_path, **{**settings, "max_steps": steps}, seed=1) for steps in (2, 3))
+    second.train()
+    resumed.train(resume_from_checkpoint=True)
+    losses = [[entry["loss"] for entry in each.state.log_history if "loss" in entry] for each in (second, resumed)]
+    assert losses[1][:2] == losses[0] and len(losses[1]) == 3
+    assert Path(last_whole_checkpoint(tmp_path)).name == "checkpoint-3"  # and not the first one's fourth
+
+
 def test_rotation_spares_the_best_and_takes_cut_ones_first(tmp_path):
     for step in range(1, 6):
         folder = tmp_path / f"checkpoint-{step}"
         begin_checkpoint(folder)
         if step != 3:
-            finish_checkpoint(folder, step, 1)
+            finish_checkpoint(folder, step, 1, begun=1.0)
         os.utime(folder, (step, step))
     left = lambda: sorted(int(path.name[-1]) for path in tmp_path.iterdir())  # noqa: E731
     rotate(tmp_path / "checkpoint-5", None, None)
@@ -135,7 +160,7 @@ def test_processes_that_do_not_see_the_same_folder(tmp_path, tokenizer):
     make_model().save_pretrained(tmp_path / "model")
     tokenizer.save_pretrained(tmp_path / "model")
     begin_checkpoint(tmp_path / "view0" / "checkpoint-5")
-    finish_checkpoint(tmp_path / "view0" / "checkpoint-5", 5, 2)
+    finish_checkpoint(tmp_path / "view0" / "checkpoint-5", 5, 2, begun=1.0)
     process = start("views", tmp_path, processes=2)
     process.stdout.read()
     errors = (tmp_path / "stderr.txt").read_text()
@@ -266,7 +291,7 @@ class Hostile:
 def test_nothing_is_run_that_a_checkpoint_holds(run, tmp_path, name):
     checkpoint = run / "checkpoint-3"
     torch.save(Hostile(tmp_path / "trace"), checkpoint / name)
-    finish_checkpoint(checkpoint, 3, 1)
+    finish_checkpoint(checkpoint, 3, 1, begun=1.0)
     trainer = make_trainer(run, **SAVING)
     if name == "training_args.bin":  # nobody reads it
         trainer.train(resume_from_checkpoint=str(checkpoint))

@@ -36,15 +36,23 @@ def begin_checkpoint(folder: Path) -> None:
     _write_durably(folder / MANIFEST, {"files": None})
 
 
-def finish_checkpoint(folder: Path, step: int, world_size: int) -> None:
-    """Once all processes have written to it: mark a folder as whole, after its files are on the disk."""
+def finish_checkpoint(folder: Path, step: int, world_size: int, begun: float) -> None:
+    """
+    Once all processes have written to it: mark a folder as whole, after its files are on the disk.
+
+    Args:
+        folder (`Path`): The checkpoint's.
+        step (`int`): Optimizer steps made.
+        world_size (`int`): Processes of the run.
+        begun (`float`): When this training began, in seconds since 1970.
+    """
     sizes = {}
     for path in sorted(folder.rglob("*")):
         if path.is_file() and path.name not in (MANIFEST, TRAINING_ARGS_NAME):
             with open(path, "rb") as file:
                 os.fsync(file.fileno())  # a network disk may report only now that it is full
             sizes[path.relative_to(folder).as_posix()] = path.stat().st_size
-    _write_durably(folder / MANIFEST, {"step": step, "world_size": world_size, "files": sizes})
+    _write_durably(folder / MANIFEST, {"step": step, "world_size": world_size, "begun": begun, "files": sizes})
 
 
 def what_is_missing(folder: Path) -> str | None:
@@ -70,12 +78,16 @@ def what_is_missing(folder: Path) -> str | None:
 
 def last_whole_checkpoint(run: str | os.PathLike) -> str | None:
     """
-    The newest checkpoint of a run's folder that is whole, on every process; `None` if there is none. What is passed over
-    is named in a warning. Every process calls it, also one that does not see the folder.
+    The newest checkpoint of a run's folder that is whole, on every process; `None` if there is none. Newest is the one with
+    the most steps of the training that began last: what an earlier training has left in the folder comes after all of its. What
+    is passed over is named in a warning. Every process calls it, also one that does not see the folder.
     """
     missing = {folder.name: what_is_missing(folder) for folder in _checkpoints(Path(run))}
+    begun = {name: _begun(Path(run, name)) for name in missing}
+    last_begun = max(begun.values(), default=0.0)
+    begun |= {name: last_begun for name, reason in missing.items() if reason}  # cut ones are named, whosever they are
     everyones = gather_object([missing])
-    for name in sorted(missing, key=step_of, reverse=True):
+    for name in sorted(missing, key=lambda name: (begun[name], step_of(name)), reverse=True):
         reasons = [each.get(name, "it is not there on every process") for each in everyones]
         reason = next((reason for reason in reasons if reason), None)
         if reason is None:
@@ -123,6 +135,14 @@ def rotate(newest: Path, limit: int | None, best: str | None) -> None:
     candidates.sort(key=lambda folder: (what_is_missing(folder) is None, folder.stat().st_mtime))
     for folder in candidates[: max(len(others) + 1 - limit, 0)]:
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def _begun(folder: Path) -> float:
+    """When the training that wrote a checkpoint began, in seconds since 1970; 0 if nobody has noted that."""
+    try:
+        return float(json.loads((folder / MANIFEST).read_text()).get("begun", 0.0))
+    except (OSError, ValueError):
+        return 0.0
 
 
 def _what_anothers_misses(folder: Path) -> str | None:

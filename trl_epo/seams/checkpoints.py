@@ -5,6 +5,7 @@ The private names of TRL, and of transformers' Trainer below it, that faults, ch
 `trl.py`.
 """
 
+import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
@@ -121,6 +122,7 @@ class FaultTolerantGRPOTrainer(PushingGRPOTrainer):
     def __init__(self, *args, **kwargs):
         self._interruption = Interruption()
         self._nonfinite = NonfiniteSteps()
+        self._begun = time.time()  # the training
         self._must_save = False  # whether training ends without the next checkpoint
         self._saving = False
         self._save_error: Exception | None = None
@@ -175,6 +177,7 @@ class FaultTolerantGRPOTrainer(PushingGRPOTrainer):
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args, **kwargs):
         checkpoint = checkpoint_to_resume(resume_from_checkpoint, self.args.output_dir)
+        self._begun = time.time()
         self._nonfinite = NonfiniteSteps()
         self._must_save, self._saved_step, self._former_best = False, -1, {}
         self._logged_before_best = None
@@ -321,7 +324,7 @@ class FaultTolerantGRPOTrainer(PushingGRPOTrainer):
             if not failed:
                 with self._noting_errors():
                     if self.args.should_save:
-                        finish_checkpoint(folder, self.state.global_step, self.args.world_size)
+                        finish_checkpoint(folder, self.state.global_step, self.args.world_size, self._begun)
                 failed = self._any_process(self._save_error is not None)
         finally:
             self._saving = False
