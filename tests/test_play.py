@@ -148,6 +148,17 @@ def card(tmp_path, tokenizer, factory, **columns):
     return text.split("## Quick start\n\n```")[1].split("```")[0]
 
 
+def test_what_is_saved_beside_a_model_bounds_its_episode(folder):
+    (folder / "trl_epo.json").write_text('{"environment": "household", "max_turns": 2, "max_turn_length": 5}')
+    try:
+        lines = []
+        episode = play(folder, Corridor, {"length": 3, "seed": 2}, show=lines.append)
+    finally:
+        (folder / "trl_epo.json").unlink()
+    assert lines[0].startswith("At most 2 turns of 5 tokens")
+    assert len(episode.turns) <= 2 and len(repr(episode)) < 120
+
+
 class Talkative(Corridor):
     def __init__(self, text):
         super().__init__()

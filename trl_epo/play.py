@@ -1,5 +1,6 @@
 """A saved model plays an episode, turn by turn, or you type the actions yourself."""
 
+import json
 from collections.abc import Callable, Sequence
 from contextlib import closing
 from copy import copy
@@ -13,9 +14,10 @@ from accelerate.utils import set_seed
 from datasets import Dataset
 
 from .config import EPOConfig
+from .reports import PLAY_SETTINGS
 from .rollouts import ChatEncoder, EnvironmentPool, Episode, Limits, environment_options, play_episodes
 from .sampling import Sample, TurnSampler
-from .saved import is_adapter, load_adapter
+from .saved import is_adapter, load_adapter, play_settings_file
 from .text import printable
 from .trainer import EPOTrainer
 
@@ -90,6 +92,13 @@ def settings_to_play(args: EPOConfig) -> EPOConfig:
     return args
 
 
+def saved_settings(model: str | Path | Any) -> EPOConfig:
+    """What is saved beside a model of the settings that an episode depends on; the others are the defaults."""
+    file = play_settings_file(model) if isinstance(model, str | Path) else None
+    saved = {} if file is None else json.loads(file.read_text())
+    return EPOConfig("play", **{name: value for name, value in saved.items() if name in PLAY_SETTINGS})
+
+
 def play(
     model: str | Path | Any,
     environment_factory: Callable[[], gymnasium.Env] | dict[str, Callable[[], gymnasium.Env]],
@@ -107,7 +116,8 @@ def play(
         model (`str` or `PreTrainedModel`): A model's or an adapter's folder, or its name on the Hub.
         environment_factory (`Callable` or `dict`): What makes the environment, as in training.
         row (`dict`, *optional*): A dataset row.
-        args ([`EPOConfig`], *optional*): The settings of training: contexts, turns, sampling.
+        args ([`EPOConfig`], *optional*): The settings of training: contexts, turns, sampling. By default those that are saved
+            beside the model.
         seed (`int`, *optional*): Of sampling and, where the row has none, of the environment; by default that of `args`.
         temperature (`float`, *optional*): By default the one of evaluations.
         show (`Callable[[str], Any]`, *optional*): Gets each observation and each text of the model as they come.
@@ -116,7 +126,7 @@ def play(
     Raises:
         RuntimeError: If the environment fails.
     """
-    args = settings_to_play(args or EPOConfig("play"))
+    args = settings_to_play(saved_settings(model) if args is None else args)
     if isinstance(model, str | Path):
         model = str(model)
         if is_adapter(model):

@@ -13,6 +13,9 @@ from transformers import AutoTokenizer
 from transformers.tokenization_utils_base import TOKENIZER_CONFIG_FILE
 
 
+PLAY_SETTINGS_FILE = "trl_epo.json"  # beside a model: the config file with which `trl-epo play` plays it
+
+
 def saved_file(model: str | os.PathLike, name: str, revision: str | None = None) -> Path | None:
     """
     A file beside a saved model, downloaded if it lies on the Hub; `None` if there is none, or none can be had.
@@ -29,6 +32,13 @@ def saved_file(model: str | os.PathLike, name: str, revision: str | None = None)
         return Path(hf_hub_download(str(model), name, revision=revision))
     except (EntryNotFoundError, RepositoryNotFoundError, HFValidationError):
         return None
+
+
+def play_settings_file(model: str | os.PathLike, revision: str | None = None) -> Path | None:
+    """Where the settings with which a model is played are, if they are beside it; a checkpoint's are those of its run."""
+    file = saved_file(model, PLAY_SETTINGS_FILE, revision)
+    beside = Path(model).parent / PLAY_SETTINGS_FILE
+    return beside if file is None and Path(model).is_dir() and beside.is_file() else file
 
 
 def is_adapter(model: str | os.PathLike, revision: str | None = None) -> bool:

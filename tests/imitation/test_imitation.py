@@ -158,6 +158,15 @@ class TestEpisodes:
         ):
             expert_episodes(make_trainer(tmp_path, tokenizer), ROWS, noise=0.5)
 
+    def test_that_a_limit_cuts_the_expert_short_is_said(self, tmp_path, tokenizer, caplog):
+        rows = [{"length": length, "seed": 0} for length in (2, 3, 4)]
+        episodes = expert_episodes(make_trainer(tmp_path, tokenizer, max_turns=3), rows)
+        assert [episode.success for episode in episodes] == [True, True, False]
+        assert "`max_turns` cuts 1 of 3 of the expert's episodes" in caplog.text
+        caplog.clear()
+        expert_episodes(make_trainer(tmp_path, tokenizer), rows)
+        assert "cuts" not in caplog.text
+
     def test_an_expert_that_has_no_more_to_say_ends_the_episode(self, tmp_path, tokenizer):
         def expert(env):
             texts = iter(["right"])

@@ -18,7 +18,7 @@ def test_draws_what_is_there(tmp_path):
         {"step": 2, "eval_iid_episode/success_rate": 0.3},
         {"step": 2, "train_runtime": 1.0},
     ]
-    plot_training(history, tmp_path / "run.png")
+    assert plot_training(history, tmp_path / "run.png").get_axes()
     assert (tmp_path / "run.png").read_bytes().startswith(b"\x89PNG")
 
 

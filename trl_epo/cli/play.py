@@ -10,10 +10,10 @@ from datasets import Dataset
 from transformers.utils import CONFIG_NAME
 
 from ..play import play_row, play_yourself, settings_to_play
-from ..reports import PLAY_SETTINGS_FILE, named_environment
-from ..saved import ADAPTER_CONFIG, is_adapter, saved_file
+from ..reports import named_environment
+from ..saved import ADAPTER_CONFIG, PLAY_SETTINGS_FILE, is_adapter, play_settings_file, saved_file
 from .mistakes import UsageError
-from .settings import ScriptArguments, check_downloaded_settings, parse, play_settings_file
+from .settings import ScriptArguments, check_downloaded_settings, parse
 from .train import make_trainer
 
 

@@ -12,8 +12,8 @@ from trl import ModelConfig, TrlParser
 
 from ..config import EPOConfig
 from ..envs.names import ENVIRONMENTS
-from ..reports import PLAY_SETTINGS, PLAY_SETTINGS_FILE, foreign_code, play_settings
-from ..saved import is_adapter, saved_file
+from ..reports import PLAY_SETTINGS, foreign_code, play_settings
+from ..saved import PLAY_SETTINGS_FILE, is_adapter, play_settings_file
 from ..text import did_you_mean, shortened, shown
 from .help import all_options
 from .mistakes import OneLineParser, UsageError, one_line
@@ -317,13 +317,6 @@ def _saved_quantization(model: str, revision: str | None) -> dict[str, Any]:
     file = play_settings_file(model, revision) if is_adapter(model, revision) else None
     saved = {} if file is None else json.loads(file.read_text())
     return {name: value for name, value in saved.items() if name in QUANTIZATION}
-
-
-def play_settings_file(model: str, revision: str | None = None) -> Path | None:
-    """Where what [`save_play_settings`] left beside a model is, if it is there; a checkpoint's is that of its run."""
-    file = saved_file(model, PLAY_SETTINGS_FILE, revision)
-    beside = Path(model).parent / PLAY_SETTINGS_FILE
-    return beside if file is None and Path(model).is_dir() and beside.is_file() else file
 
 
 def check_downloaded_settings(repository: str, file: Path, flags: Iterable[str]) -> None:

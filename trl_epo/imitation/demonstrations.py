@@ -134,7 +134,7 @@ class Demonstration(gymnasium.Wrapper):
         self.text = None if text is None else self.form.format(text)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class DemonstratedEpisode(Episode):
     """
     An episode whose actions someone has said.

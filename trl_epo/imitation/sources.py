@@ -1,6 +1,7 @@
 """Whom a policy imitates: an environment's expert, a teacher behind a chat endpoint, recorded chats, its own successes."""
 
 import json
+import logging
 import math
 import os
 import time
@@ -21,6 +22,7 @@ from ..rollouts import (
     EpisodePlayer,
     EpisodeStart,
     PastTurn,
+    StopReason,
     TurnView,
     environment_options,
     parse_tagged_action,
@@ -29,6 +31,8 @@ from ..text import shown
 from ..trainer import EPOTrainer
 from .demonstrations import Expert, Say, demonstrate, environment_expert, player_of, says, starts_of
 
+
+logger = logging.getLogger(__name__)
 
 TEACHER_REQUESTS = 8  # at once
 BUSY = (429, 502, 503, 529)  # status codes of an endpoint that has too much to do just now
@@ -73,7 +77,15 @@ def expert_episodes(
     form = "<action>{}</action>" if player.action_parser is parse_tagged_action else "{}"
     seed = trainer.args.seed if seed is None else seed
     experts = [expert] * len(starts)
-    return demonstrate(trainer, starts, experts, form=form, noise=noise, learn_mistakes=learn_mistakes, seed=seed)
+    episodes = demonstrate(trainer, starts, experts, form=form, noise=noise, learn_mistakes=learn_mistakes, seed=seed)
+    limits = {StopReason.MAX_TURNS: "max_turns", StopReason.TOKEN_BUDGET: "max_completion_length"}
+    for reason, name in limits.items():
+        if num_cut := sum(episode.stop_reason is reason for episode in episodes):
+            logger.warning(
+                f"`{name}` cuts {num_cut} of {len(episodes)} of the expert's episodes before they end: the policy would learn "
+                "ways that do not lead to the goal. Raise it, or give rows whose episodes are shorter."
+            )
+    return episodes
 
 
 def check_noise(noise: float) -> None:

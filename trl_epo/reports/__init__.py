@@ -26,7 +26,6 @@ if TYPE_CHECKING:
     from .model_card import (
         PAPER,
         PLAY_SETTINGS,
-        PLAY_SETTINGS_FILE,
         RunFacts,
         complete_model_card,
         foreign_code,
@@ -43,7 +42,6 @@ if TYPE_CHECKING:
 __all__ = [
     "PAPER",
     "PLAY_SETTINGS",
-    "PLAY_SETTINGS_FILE",
     "SAMPLING",
     "SCORING",
     "Diagnosis",
@@ -73,7 +71,6 @@ _MODULES = {
     "PAPER": "model_card",
     "Diagnosis": "diagnosis",
     "PLAY_SETTINGS": "model_card",
-    "PLAY_SETTINGS_FILE": "model_card",
     "RunFacts": "model_card",
     "foreign_code": "model_card",
     "SAMPLING": "timing",

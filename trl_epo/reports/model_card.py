@@ -16,6 +16,7 @@ from huggingface_hub import ModelCard
 
 from ..config import EPOConfig, changed_settings
 from ..envs.names import ENVIRONMENTS
+from ..saved import PLAY_SETTINGS_FILE
 from ..text import name_of, printable, shortened
 
 
@@ -53,7 +54,6 @@ SETTINGS = (
 RESULTS = ("episode/success_rate", "episode/return", "episode/turns")
 
 
-PLAY_SETTINGS_FILE = "trl_epo.json"  # beside a model: the config file with which `trl-epo play` plays it
 # What of `EPOConfig` an episode depends on
 PLAY_SETTINGS = (
     *("max_turns", "max_turn_length", "max_completion_length", "max_observation_length"),

@@ -9,18 +9,24 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 
-def plot_training(log_history: Sequence[dict[str, Any]], path: str | PathLike) -> None:
+def plot_training(log_history: Sequence[dict[str, Any]], path: str | PathLike | None = None) -> "Figure":
     """
-    Draw success, return and entropy in its corridor over a run, and write them as an image.
+    Draw success, return and entropy in its corridor over a run. A notebook shows the figure.
 
     Args:
         log_history (`list[dict]`): `trainer.state.log_history`, or the `log_history` of a `trainer_state.json`.
-        path (`str` or `PathLike`): The image file; its ending gives the format.
+        path (`str` or `PathLike`, *optional*): Where to write it as an image; the ending gives the format.
+
+    Returns:
+        `matplotlib.figure.Figure`: The figure.
 
     Raises:
         ValueError: If the log holds no training step of `EPOTrainer`.
     """
-    draw_training(log_history, (15, 4)).savefig(path, dpi=120)
+    figure = draw_training(log_history, (15, 4))
+    if path is not None:
+        figure.savefig(path, dpi=120)
+    return figure
 
 
 def draw_training(log_history: Sequence[dict[str, Any]], size: tuple[float, float]) -> "Figure":

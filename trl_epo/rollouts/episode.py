@@ -58,7 +58,7 @@ class Turn:
     cut: bool = False
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Episode:
     """
     An episode as it was played.
@@ -93,6 +93,10 @@ class Episode:
     failures: tuple[Failure, ...] = ()
     first_observation: str = ""
     num_cut_observations: int = 0
+
+    def __repr__(self) -> str:
+        told = f"turns={len(self.turns)}, success={self.success}, return={self.episode_return:g}, {self.stop_reason.value}"
+        return f"<{type(self).__name__}: task={self.task!r}, {told}>"
 
     @property
     def failed(self) -> bool:
