@@ -288,12 +288,11 @@ class EPOTrainer(ReportingTrainer):
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         moment = self._moment
-        metrics: dict[str, Any] = {}
         value_loss = None
         if self._critic is not None and moment.train:  # first: its activations are gone when the policy's come
             alone = self.entropy_history.step < self.args.critic_warmup_steps
-            value_loss, metrics = self._credit.train_critic(inputs, moment.micro_batches, alone)
-            self.add_metrics(metrics)
+            value_loss, of_critic = self._credit.train_critic(inputs, moment.micro_batches, alone)
+            self.add_metrics(of_critic)
         with self.capture_entropies() as captured:
             policy_loss = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         if len(captured) != 1:
@@ -301,7 +300,7 @@ class EPOTrainer(ReportingTrainer):
                 f"TRL computed token entropies {len(captured)} times in one loss instead of once. This version of TRL "
                 "does not fit trl_epo; `pip install trl-epo` installs one that does."
             )
-        metrics = {}
+        metrics: dict[str, Any] = {}
         loss = policy_loss
         if self.entropy_term.acts:
             added, metrics = self.entropy_term.loss(captured[0], inputs, moment, policy_loss.detach())

@@ -39,10 +39,8 @@ QWEN = {
     "7B": {"hidden_size": 3584, "intermediate_size": 18944, "num_hidden_layers": 28, "num_attention_heads": 28},
 }
 ON_GPU = torch.cuda.is_available()
-ACTION = '<tool_call>{"name":"go","arguments":{}}</tool_call>'
-
-
 MODELS = ("smollm2", "tiny", *QWEN)
+ACTION = '<tool_call>{"name":"go","arguments":{}}</tool_call>'
 
 
 @dataclass
@@ -58,10 +56,9 @@ class BenchmarkArguments:
 
 
 def qwen_config(size: str) -> Qwen2Config:
-    tied = size in ("0.5B", "1.5B", "3B")
-    vocab_size = 151936 if tied else 152064
-    heads = {"num_key_value_heads": 4 if size == "7B" else 2}
-    return Qwen2Config(vocab_size=vocab_size, tie_word_embeddings=tied, **heads, **QWEN[size])
+    big = size == "7B"
+    others = {"num_key_value_heads": 4 if big else 2, "vocab_size": 152_064 if big else 151_936}
+    return Qwen2Config(tie_word_embeddings=not big, **others, **QWEN[size])
 
 
 def load(name: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
